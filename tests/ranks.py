@@ -113,6 +113,12 @@ def experts_of(run: Run) -> list[int]:
     return [run.recipe.moe.num_experts] if run.recipe else []
 
 
+def score_of(trainee: Trainee, batch: dict[str, torch.Tensor]) -> held_out.Score:
+    """The score of a model on held-out rows, of which `batch` has those of all ranks."""
+    mine = held_out.HeldOut.of(batch, trainee.ranks, held_out.whole(trainee))
+    return held_out.score(trainee, mine)
+
+
 def trainee_of(run: Run, here: Any, precision: str = "float32") -> Trainee:
     begun = start.start_of(run)
     model = start.model_of(begun, run, here, precision)
@@ -194,7 +200,7 @@ def gradients(
             share = run.train.rows // here.dp_size
             mine = {name: t[here.dp_rank * share :][:share] for name, t in batch.items()}
             if scored:
-                held_out.score(trainee, batch)
+                score_of(trainee, batch)
                 question = trainee.task.question(mine, trainee.start.subject, training=True)
                 assert trainee._in_chunks(question) == (trainee.teacher is None or here.layout.tp == 1)
             outcome = step.train_step(trainee, mine, 0, 1e-3)
@@ -208,7 +214,7 @@ def gradients(
                     "z": outcome.z_loss,
                     "router_norms": list(outcome.router_grad_norms),
                     "counts": torch.stack([tally.counts for tally in outcome.tallies]),
-                    "held_out": held_out.score(trainee, {name: t[:3] for name, t in batch.items()}).loss,
+                    "held_out": score_of(trainee, {name: t[:3] for name, t in batch.items()}).loss,
                 }
             )
     return out

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 import tiny
-from upcycle import Recipe, UpcycleError
+from upcycle import Recipe, UpcycleError, recipe, settings
 from upcycle.recipe import of_run_file, override
+from upcycle.training.run import Run
 
 FULL = """
 seed  = 3
@@ -90,6 +91,22 @@ def test_another_router_takes_its_own_keys_only():
     assert Recipe.of(override({}, ["router.name=soft"])).router.name == "soft"
 
 
+def test_a_run_file_as_a_recipe_keeps_what_neither_knows(tmp_path):
+    run = {"source": "dense", "out": "o", "data": {}, "train": {}, "schedule": {}, "moe": {"num_experts": 4}}
+    assert of_run_file({**run, "stage": [{}], "eval": {}}) == {"moe": {"num_experts": 4}}
+    assert of_run_file({**run, "inti": {"name": "drop"}})["inti"] == {"name": "drop"}
+    path = tmp_path / "typo.toml"
+    path.write_text('source = "dense"\nout = "o"\n[moe]\nnum_experts = 4\n[inti]\nname = "drop"\n')
+    for read in (Recipe.of, Recipe.load):
+        with pytest.raises(UpcycleError, match=r"unknown key inti.*init"):
+            read(path)
+
+
+def test_the_keys_of_runs_are_those_that_run_files_have_beside_recipes():
+    shared = {"recipe", "router", *recipe.OF_ANY_RUN}
+    assert set(recipe.OF_RUNS) == {*settings.keys(Run)} - shared
+
+
 def test_override_leaves_its_argument_alone():
     table = {"moe": {"top_k": 1}}
     override(table, ["moe.top_k=2"])
@@ -168,8 +185,8 @@ def test_not_toml(tmp_path):
 
 
 def test_the_order_of_settings_does_not_matter():
-    for settings in (["init.ratio=0.25", "init.name=drop"], ["init.name=drop", "init.ratio=0.25"]):
-        assert Recipe.of(override({}, settings)).init.ratio == 0.25
+    for given in (["init.ratio=0.25", "init.name=drop"], ["init.name=drop", "init.ratio=0.25"]):
+        assert Recipe.of(override({}, given)).init.ratio == 0.25
 
 
 @pytest.mark.parametrize("section", ["init", "router"])

@@ -231,6 +231,11 @@ RecipeLike = Recipe | Mapping[str, Any] | str | Path | None
 
 # The keys of a run file that mean the same whether a recipe reads them or not.
 OF_ANY_RUN = ("seed", "drop")
+# The sections and keys of a run file that no recipe has; a test compares them with `Run`.
+OF_RUNS = (
+    "source", "out", "from_scratch", "task", "teacher", "data", "train", "schedule", "stage", "optimizer",
+    "parallel", "log", "checkpoint", "spikes", "eval",
+)  # fmt: skip
 # The sections and keys of a run file that only a recipe reads, apart from keys of [router].
 OF_EXPERTS = (*(key for key in keys(Recipe) if key not in (*OF_ANY_RUN, "router", "parts")), *STACKS)
 
@@ -278,10 +283,13 @@ def _given(given: Any) -> dict[str, Any]:
 
 
 def of_run_file(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the recipe in the table of a run file, which holds more; a recipe is returned as it is."""
+    """Return the recipe in the table of a run file, which holds more; a recipe is returned as it is.
+
+    Keys that neither has are kept, so that the reader of the recipe refuses them.
+    """
     if "source" not in table:
         return dict(table)
-    out = {k: v for k, v in table.items() if k in (*keys(Recipe), *STACKS)}
+    out = {k: v for k, v in table.items() if k not in OF_RUNS}
     if isinstance(out.get("router"), Mapping):
         _, out["router"] = parted(out["router"], Balance)
     return out

@@ -376,6 +376,7 @@ def test_llama_3_meets_moe(large):
     dense = 3 * flops_per_row(here.built.dense, None, rows, all_scores=True)
     assert dense / 1e14 == pytest.approx(4.7, abs=0.05)
     assert duration.total_flops(here) == pytest.approx(9.2e21, rel=0.005)
+    assert f" {sequence / dense:.2f} times the dense model's" in duration.statements(here)[0].said
     assert duration.gpu_hours(here, 389.7e12 / 989.4e12) == pytest.approx(6.5e3, rel=0.01)
     (run,) = (s for s in duration.statements(here) if s.source.startswith("Llama 3 Meets MoE"))
     assert run.value == pytest.approx(11e3, rel=0.03)  # what it took

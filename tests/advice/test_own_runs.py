@@ -10,7 +10,9 @@ import scripts
 import tiny
 from upcycle.advice import own_runs, published
 from upcycle.advice.gather import advise
-from upcycle.advice.situation import Budget
+from upcycle.advice.situation import Budget, Situation
+from upcycle.blueprints.cost import plan_of
+from upcycle.blueprints.making import blueprint
 from upcycle.recipe import Recipe
 
 LLAMA = {
@@ -70,8 +72,43 @@ def test_they_speak_of_models_like_theirs_alone(tmp_path):
     verdict, own = said(10, 0.25)
     assert own["10"].inside
     assert verdict.choice == "dense continuation"
-    _, own = said(80, 0.05)  # before the curves cross
-    assert not own["80"].inside
+    verdict, own = said(80, 0.05)  # before the curves cross
+    assert own["80"].inside
+    assert verdict.choice == "dense continuation"
+
+
+DROP = {"init": {"name": "drop", "ratio": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("table", "seen", "taken", "choice", "words"),
+    [
+        ({}, 41, 0.17, "dense continuation", "upcycling was ahead from 28 % of the dense cost on, and this"),
+        (HALVES, 41, 0.14, "dense continuation", "upcycling was ahead from 19 % of the dense cost on"),
+        (DROP, 42, 0.26, None, "which end level on models like this one"),
+        ({}, 41, 0.29, "upcycling", "had seen 40 tokens per parameter"),
+        ({}, 60, 0.17, "upcycling", "had seen 80 tokens per parameter"),
+        (
+            HALVES,
+            110,
+            0.12,
+            "dense continuation",
+            "had seen 80 tokens per parameter: upcycling was ahead fro",
+        ),
+        (HALVES, 120, 0.12, "upcycling", "had seen 160 tokens per parameter: upcycling was ahead from 11 %"),
+    ],
+)
+def test_the_nearest_start_decides(tmp_path, table, seen, taken, choice, words):
+    """Of the runs that cover an input, the one whose dense model was trained most nearly as long."""
+    source, recipe = tiny.make_headers(tmp_path / "llama", LLAMA), Recipe.of(table)
+    built = blueprint(source, recipe)
+    trained = round(seen * plan_of(built).dense_parameters)
+    any_budget = Situation(asked=Budget(tokens=10**6, dense_tokens=trained), built=built)
+    asked = Budget(tokens=round(taken * 10**6 / any_budget.share_of_cost), dense_tokens=trained)
+    found = advise(source, recipe, asked).verdict
+    assert found.choice == choice
+    assert words in found.sentence
+    assert found.sure == "published runs"
 
 
 def test_level_results_decide_nothing():

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 import upcycle
-from upcycle import cli
+from upcycle import UpcycleError, cli
 from upcycle.system import progress
 from upcycle.system.progress import Unit, Work
 
@@ -131,6 +131,15 @@ def test_inspect(trainable, moe, capsys):
     assert dense.save() is None
 
 
+@pytest.mark.parametrize("given", [{"limit": 3}, {"seed": 1}, {"length": 8}, {"batch_size": 2}])
+def test_what_is_for_rows_is_refused_without_rows(moe, given):
+    ((name, value),) = given.items()
+    with pytest.raises(
+        upcycle.UpcycleError, match=rf"--{name.replace('_', '-')} {value} is for rows to watch .* none"
+    ):
+        upcycle.inspect(moe, **given)
+
+
 def test_train_export_and_report(trainable, tmp_path, capsys):
     heard = Listener()
     run = {
@@ -153,6 +162,43 @@ def test_train_export_and_report(trainable, tmp_path, capsys):
         upcycle.train({**run, "source": "nowhere"})
     with pytest.raises(upcycle.UpcycleError, match="give at least one RUN"):
         upcycle.report([], tmp_path / "page.html")
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (
+            lambda folder: upcycle.inspect(folder, text="f.txt"),
+            r"text = 'f.txt'; give each path a name, such",
+        ),
+        (
+            lambda folder: upcycle.inspect(folder, drop="lm_head"),
+            r"drop = 'lm_head'; .* such as \['lm_head'\]",
+        ),
+        (
+            lambda folder: upcycle.calibrate(folder, "out", collect="l2"),
+            r"collect = 'l2'; give a list of nam",
+        ),
+        (lambda folder: upcycle.calibrate(folder, "out", domains="f.txt"), r"domains = 'f.txt'; give each"),
+        (lambda folder: upcycle.evaluate(folder, tasks="piqa"), r"tasks = 'piqa'; give a list of names"),
+        (
+            lambda folder: upcycle.convert(folder, "out", shard_size="1MB"),
+            r"shard_size = '1MB'; it must be a w",
+        ),
+        (lambda folder: upcycle.convert(folder, "out", jobs="2"), r"jobs = '2'; it must be a whole number"),
+        (lambda folder: upcycle.plan(folder, jobs=0), r"jobs = 0; it must be a whole number of 1 or more"),
+        (lambda folder: upcycle.plan(folder, shard_size=0), r"shard_size = 0; it must be a whole number"),
+        (
+            lambda folder: upcycle.foretell(folder, world=8, recompute="x"),
+            "recompute = 'x'; allowed: True, False, selective",
+        ),
+    ],
+)
+def test_mistakes_in_python_are_sentences(call, said, trainable, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UpcycleError, match=f"^{said}"):
+        call(trainable[0])
+    assert not list(tmp_path.iterdir())
 
 
 def test_nobody_listens_unless_asked(caplog, capsys):

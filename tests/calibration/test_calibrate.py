@@ -571,15 +571,35 @@ def _last(found: Statistics) -> tuple[str, str, int, str]:
         ("vit", {"images": None, "text": Path("text.txt")}, "reads images and no text"),
         ("llama", {"images": Path("images"), "text": None, "length": None}, "reads text and no images"),
         ("headless", {"collect": ("gradient",)}, "BertModel has no head for one"),
-        ("llama", {"length": 10_000}, "fewer than a row"),
+        ("llama", {"length": 10_000}, "^length = 10000 and the model has 64 positions"),
+        ("bert", {"length": 10_000}, "^length = 10000 and the model has 40 positions"),
+        ("vit", {"field": "body"}, "--field body is that of a text, and none is given"),
+        ("llama", {"field": "body"}, r"--field = body is for JSON lines.*text\.txt is text alone"),
+        ("llama", {"text": Path("empty.jsonl")}, r"empty\.jsonl holds no text; give one that does, or leave"),
         ("llama", {"text": Path("nowhere.txt")}, "no data at nowhere.txt"),
         ("vit", {"images": Path("nowhere")}, "nowhere is not there"),
     ],
 )
-def test_mistakes_are_named(kind, options, said, collect, tmp_path):
+def test_mistakes_are_named(kind, options, said, collect, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.jsonl").write_text("")
     with pytest.raises(UpcycleError, match=said):
         collect(kind, **options)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_text_that_fills_no_row_is_refused(collect, tmp_path):
+    (tmp_path / "short.txt").write_text(WORDS[0])
+    with pytest.raises(UpcycleError, match=r"fewer than a row of length \+ 1"):
+        collect("llama", text=tmp_path / "short.txt")
+
+
+def test_a_field_is_named(collect, data, tmp_path):
+    text = (data / "text.txt").read_text()
+    (tmp_path / "lines.jsonl").write_text(json.dumps({"text": "no", "body": text}))
+    found = collect("llama", "lines", text=tmp_path / "lines.jsonl", field="body")
+    wanted = collect("llama", "plain")
+    assert found.digest == wanted.digest
 
 
 def test_a_file_that_is_there_stays(collect, data, tmp_path):

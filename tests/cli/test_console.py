@@ -22,6 +22,7 @@ from marks import quick
 from upcycle import cli
 from upcycle.cli import bars, screen
 from upcycle.errors import UpcycleError, printable
+from upcycle.system.wording import quoted
 
 EVIL = "a\n\x1b[31mb\x1b]0;title\x07 :bug: [red]c[/red] ‮\u200bé"
 
@@ -82,11 +83,20 @@ def test_errors_are_printable(monkeypatch, capsys):
     assert said.count("\n") == 1
 
 
+def test_a_narrow_terminal_cuts_no_number():
+    shown = io.StringIO()
+    table = screen.grid("", "layer", "cosine between")
+    table.add_row("0", "0.9987 (0.9876..0.9999)")
+    screen.Screen(file=shown, width=16).print(table)
+    last_words = [line.split()[-1] for line in shown.getvalue().splitlines() if line.strip()]
+    assert "".join(last_words).endswith("0.9987(0.9876..0.9999)")
+
+
 @pytest.mark.parametrize(
     "word", ["plain/path", "a b", ":bug:", "-dash", "it's", "$(x)", "a\nb", "a\\'\tb", "é\x1b"]
 )
 def test_commands_for_copying_are_quoted(word):
-    line = f"printf %s {screen.quoted(word)}"
+    line = f"printf %s {quoted(word)}"
     assert line.isprintable()
     got = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout
     assert got == (f"./{word}" if word.startswith("-") else word)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import gzip
 import json
+import math
 import os
 import re
 import shutil
@@ -22,13 +23,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from heard import Counted
-from upcycle.data import corpus, documents, splits
+from upcycle.data import corpus, documents, leaks, splits
 from upcycle.data import pieces as cut
 from upcycle.data.batches import Batches
 from upcycle.data.corpus import Data, Source, Tokens, prepare
 from upcycle.data.texts import TextSet
 from upcycle.errors import UpcycleError
 from upcycle.system.progress import reporting_to
+from upcycle.tensors import rng
 
 BOS, EOS = 256, 257
 
@@ -174,6 +176,105 @@ def test_keys_of_a_source_that_do_nothing(
     assert (said is None) if message is None else re.search(message, str(said)), said
 
 
+@pytest.fixture
+def mixture(tmp_path: Path) -> Path:
+    """A folder of two texts and a table, with ways to the same files besides."""
+    (tmp_path / "mix").mkdir()
+    for name in ("a.txt", "b.txt", "rows.jsonl", "notes.md"):
+        (tmp_path / "mix" / name).touch()
+    (tmp_path / "c.txt").touch()
+    (tmp_path / "same").symlink_to("mix")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "z.txt").symlink_to("../mix/b.txt")
+    (tmp_path / "other" / "notes.md").symlink_to("../mix/notes.md")
+    (tmp_path / "around").mkdir()
+    (tmp_path / "around" / "inside").symlink_to("../mix")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "file"),
+    [
+        ({"path": "mix"}, {"path": "mix/a.txt"}, "a.txt"),
+        ({"path": "other"}, {"path": "mix"}, "b.txt"),
+        ({"path": "around"}, {"path": "mix/b.txt"}, "b.txt"),
+        ({"path": "mix"}, {"path": "mix", "separator": "#"}, "a.txt"),
+        ({"path": "mix"}, {"path": "mix/a.txt", "field": "body"}, "a.txt"),
+        # The same rows in the same order: these hold out the same.
+        ({"path": "mix"}, {"path": "mix", "weight": 2.0}, None),
+        ({"path": "mix"}, {"path": "same"}, None),
+        ({"path": "mix/b.txt"}, {"path": "other"}, None),
+        # No rows in common.
+        ({"path": "mix"}, {"path": "c.txt"}, None),
+        ({"path": "mix/rows.jsonl"}, {"path": "mix/rows.jsonl", "field": "body"}, None),
+        ({"path": "hf:a/b"}, {"path": "hf:a/b", "split": "test"}, None),
+    ],
+)
+def test_what_a_source_holds_out_no_other_trains_on(
+    one: dict[str, Any], other: dict[str, Any], file: str | None, mixture: Path
+) -> None:
+    here = [given | {"path": given["path"] if ":" in given["path"] else str(mixture / given["path"])}
+            for given in (one, other)]  # fmt: skip
+    data = Data(sources=tuple(Source(**given) for given in here), held_out=0.1)
+    for each in (data, replace(data, sources=data.sources[::-1])):
+        said = leaks.within(each)
+        assert (said is None) if file is None else f"both read {file}, and each holds out other" in str(said)
+    assert leaks.within(replace(data, held_out=0.0)) is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ({"held_out": 0.05}, {"held_out": 0.3}, True),
+        ({}, {"held_out": 0.3}, True),
+        ({"held_out": 0.3, "split_seed": 1}, {"held_out": 0.3}, True),
+        ({"held_out": 0.3}, {"held_out": 0.3, "path": "mix/a.txt"}, True),
+        # What the later stage holds out, the earlier one holds out as well.
+        ({"held_out": 0.3}, {"held_out": 0.3, "path": "same"}, False),
+        ({"held_out": 0.3}, {"held_out": 0.05}, False),
+        ({"held_out": 0.3}, {}, False),
+        ({"held_out": 0.05}, {"held_out": 0.3, "path": "c.txt"}, False),
+    ],
+)
+def test_what_a_stage_is_scored_on_no_earlier_one_trains_on(
+    before: dict[str, Any], after: dict[str, Any], said: bool, mixture: Path
+) -> None:
+    tables = []
+    for table in (before, after):
+        options = {"path": "mix"} | table
+        tables.append(Data(sources=(Source(path=str(mixture / options.pop("path"))),), **options))
+    assert ("which it holds out, and an earlier stage trains on" in str(leaks.later(tables))) == said
+    assert leaks.later([tables[0]] * 2) is None
+
+
+def test_a_folder_loses_no_file_without_a_word(
+    tmp_path: Path, tokenised: Any, bytes_folder: Path, caplog: Any
+) -> None:
+    """Links are followed, also one that leads around, and an ending may have capital letters."""
+    mix, away = tmp_path / "mix", tmp_path / "away"
+    for folder in (mix / "b", away / "deep"):
+        folder.mkdir(parents=True)
+    (mix / "b" / "1.txt").write_text("one")
+    (mix / "a").symlink_to(mix / "b")  # the way without links is taken
+    (mix / "c").symlink_to(away)
+    (away / "deep" / "2.TXT").write_text("two")
+    (away / "deep" / "around").symlink_to(mix)
+    (mix / "d.JSONL").write_text('{"text": "three"}')
+    (mix / "e.txt").symlink_to(tmp_path / "nowhere")
+    for name in ("README.md", "f.csv", "g.csv", "h.jsonl.zst", "LICENSE", ".hidden", ".git/config.md"):
+        (mix / name).parent.mkdir(exist_ok=True)
+        (mix / name).touch()
+    read = [str(path.relative_to(mix)) for path in documents.files(Source(path=str(mix)))]
+    assert read == ["b/1.txt", "c/deep/2.TXT", "d.JSONL"]
+    with caplog.at_level("INFO"):
+        found = tokenised(mix)
+    assert documents_of(found, bytes_folder) == ["one", "two", "three"]
+    said = (
+        f"{mix}: 5 files are not read, because of their endings (.csv, .md, .zst and 1 more); those with .txt"
+    )
+    assert sum(record.message.startswith(said) for record in caplog.records) == 1
+
+
 def test_splits_of_a_saved_data_set_are_known(tmp_path: Path) -> None:
     source = Source(path=str(_saved(tmp_path)["path"]), split="mine")
     assert splits.unread(source) is None
@@ -188,6 +289,33 @@ def test_a_text_file_without_separator_is_a_document(
     text = "a\r\n\nb\n"
     (tmp_path / "a.txt").write_bytes(text.encode())
     assert documents_of(tokenised(tmp_path / "a.txt"), bytes_folder) == [text]
+
+
+@pytest.mark.parametrize(
+    ("text", "separator", "said"),
+    [
+        (
+            "one\r\n\r\ntwo",
+            "\n\n",
+            r"separator '\n\n' in it, so each text file is one document; "
+            r"line ends in it may be \r\n and not \n",
+        ),
+        ("one two", "@@@", "separator '@@@' in it, so each text file is one document"),
+        ("one@@@", "@@@", None),
+        ("one two", None, None),
+    ],
+)
+def test_a_separator_that_is_not_there_is_said(
+    text: str, separator: str | None, said: str | None, tmp_path: Path, tokenised: Any, caplog: Any
+) -> None:
+    """Once for all files of a source; one file may well have no separator."""
+    (tmp_path / "mix").mkdir()
+    for name, content in {"a.txt": text, "b.txt": "alone", "c.jsonl": '{"text": "x"}\n{"text": "y"}'}.items():
+        (tmp_path / "mix" / name).write_bytes(content.encode())
+    tokenised(tmp_path / "mix", separator=separator)
+    assert [record.message for record in caplog.records if "separator" in record.message] == (
+        [] if said is None else [f"{tmp_path / 'mix'} has no {said}"]
+    )
 
 
 def test_empty_documents_are_left_out(tmp_path: Path, tokenised: Any, bytes_folder: Path) -> None:
@@ -497,16 +625,21 @@ def test_an_id_beyond_the_embedding(tmp_path: Path, tokenised: Any, monkeypatch:
     )  # found in the cache, refused all the same
 
 
-@pytest.mark.parametrize("content", [None, "{broken", '{"model": 1}'])
-def test_a_folder_without_tokenizer(content: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "content"),
+    [
+        ("qwen2", None), ("qwen2", "{broken"), ("qwen2", '{"model": 1}'), ("t5", None), ("mt5", None),
+    ],
+)  # fmt: skip
+def test_a_folder_without_tokenizer(model_type: str, content: str | None, tmp_path: Path) -> None:
+    """transformers makes a Qwen2 tokenizer of one token, and T5's of 103 special ones and a blank."""
     (tmp_path / "a.txt").write_text("abc")
-    # transformers makes a Qwen2 tokenizer with one token of this
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
     data = Data(sources=(Source(path=str(tmp_path / "a.txt")),))
     with pytest.raises(UpcycleError, match=r"has no tokenizer that can be read .*set data\.tokenizer"):
-        prepare(data, tmp_path, tmp_path, vocab_size=100)
+        prepare(data, tmp_path, tmp_path, vocab_size=200)
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
@@ -550,8 +683,6 @@ def batches(tmp_path: Path) -> Callable[..., Batches]:
 
 def test_rows_are_those_of_a_plain_count(batches: Any) -> None:
     """Without the class: places from sorting raw draws, sources from the stream of uniforms."""
-    from upcycle.tensors import rng
-
     made = batches(8 * 20 + 3, 8 * 7 + 1, weights=[3.0, 1.0], held_out=0.2)
     assert made.trainable == [16, 6]
     assert made.next(0).shape == (0, 9)
@@ -584,6 +715,19 @@ def test_every_row_once_an_epoch_in_another_order(batches: Any) -> None:
     assert len({tuple(e) for e in epochs}) == 3
     assert made.epochs == [3.0]
     assert not np.array_equal(batches(401, seed=4).next(50)[:, 0], epochs[0])
+
+
+def test_many_sources_are_sorted_once_an_epoch(batches: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources, rows = 80, 5
+    made = batches(*[8 * rows + 1] * sources)
+    asked: list[Any] = []
+    real = rng.permutation
+    monkeypatch.setattr(rng, "permutation", lambda key, n: asked.append(key) or real(key, n))
+    for _ in range(8):
+        made.next(100)
+    begun = sum(math.ceil(epochs) for epochs in made.epochs)
+    assert begun > sources
+    assert len(asked) == len(set(asked)) == begun
 
 
 def test_resumed_at_every_position(batches: Any) -> None:

@@ -168,6 +168,18 @@ def test_colour_and_grey(mode: str, channels: int, opened: Open, tmp_path: Path)
     np.testing.assert_array_equal(pixels.squeeze(), np.asarray(converted))
 
 
+def test_images_behind_links_are_read(opened: Open, tmp_path: Path) -> None:
+    contents = [encoded(p) for p in PICTURES[:4]]
+    path = write_folder(tmp_path / "here", contents[:2], [0, 1])
+    write_folder(tmp_path / "away", contents[2:], [0, 1])
+    (path / "class_0" / "more").symlink_to(tmp_path / "away" / "class_0")
+    (path / "class_2").symlink_to(tmp_path / "away" / "class_1")
+    found = opened(path)
+    assert found.labels.tolist() == [0, 0, 1, 2]
+    wanted = np.stack([np.asarray(PICTURES[number]) for number in (0, 2, 1, 3)])
+    np.testing.assert_array_equal(found.read(np.arange(4)), wanted)
+
+
 def test_names_of_classes_and_columns(opened: Open, tmp_path: Path) -> None:
     contents = [encoded(p) for p in PICTURES[:2]]
     path = write_parquet(
@@ -176,7 +188,9 @@ def test_names_of_classes_and_columns(opened: Open, tmp_path: Path) -> None:
     found = opened(path, image_field="img", label_field="fine_label")
     assert found.class_names == ("cat", "dog", "fly")
     assert found.num_labels == 3
-    with pytest.raises(UpcycleError, match=r"no column 'image'; it has img, fine_label: set image_field"):
+    with pytest.raises(
+        UpcycleError, match=r"no column 'image'; it has img, fine_label: .* in a run, set image_field"
+    ):
         opened(path)
     with pytest.raises(UpcycleError, match=r"no column 'label'.*set label_field"):
         opened(path, image_field="img")

@@ -565,11 +565,51 @@ def test_a_damaged_record_is_said_and_stays(byte_model, story, tmp_path, capsys,
         ({"stride": 0}, "--stride 0; it must be 1 or more"),
         ({"batch_size": -1}, "--batch-size -1; it must be 0 or more"),
         ({"separator": ""}, "leave it out"),
+        ({"num_fewshot": 3}, "--num-fewshot 3 is for --tasks or --task-files, and nothing of that is scored"),
+        ({"per_class": 3}, "--per-class 3 is for --few-shot, and nothing of that is scored"),
+        ({"text": None, "chats": "{story}", "stride": 4}, "--stride 4 is for --text, and nothing of that"),
+        ({"text": None, "chats": "{story}", "separator": "|"}, r"--separator \| is for --text, and nothing"),
+        ({"text": None, "tasks": ("piqa",), "length": 4}, "--length 4 is for --text or --chats, and nothing"),
+        (
+            {"text": "{lines}", "separator": "|"},
+            r"--separator = '\|' is for text files, and .*lines\.jsonl has",
+        ),
     ],
 )
-def test_mistakes_in_how_a_text_is_scored(byte_model, story, asked, message):
+def test_mistakes_in_how_a_text_is_scored(byte_model, story, asked, message, tmp_path):
+    (tmp_path / "lines.jsonl").write_text('{"text": "a"}')
+    places = {"{story}": story, "{lines}": tmp_path / "lines.jsonl"}
+    given = {key: places.get(value, value) for key, value in asked.items()}
     with pytest.raises(UpcycleError, match=message):
-        evaluate(byte_model, ToScore(text=story, **asked))
+        evaluate(byte_model, ToScore(**{"text": story, **given}))
+
+
+def test_a_separator_is_for_the_texts_that_can_have_one(byte_model, story, tmp_path):
+    (tmp_path / "lines.jsonl").write_text('{"text": "abc"}\n{"text": "de"}')
+    asked = ToScore(text=(story, tmp_path / "lines.jsonl"), separator="<|>")
+    both = {each["name"]: each for each in evaluate(byte_model, asked)["results"]}
+    alone = evaluate(byte_model, ToScore(text=tmp_path / "lines.jsonl"))["results"][0]
+    assert both["lines.jsonl"]["metrics"] == alone["metrics"]
+
+
+def test_a_field_is_named(byte_model, tmp_path):
+    lines = {"text": STORY[0], "body": STORY[1]}
+    (tmp_path / "lines.jsonl").write_text(json.dumps(lines))
+    (tmp_path / "body.jsonl").write_text(json.dumps({"text": STORY[1]}))
+    found = evaluate(byte_model, ToScore(text=tmp_path / "lines.jsonl", field="body"))["results"][0]
+    wanted = evaluate(byte_model, ToScore(text=tmp_path / "body.jsonl"))["results"][0]
+    assert found["metrics"] == wanted["metrics"]
+    assert found["data"]["field"] == "body"
+    assert "field" not in wanted["data"]
+
+
+def test_rows_that_do_not_overlap_have_no_stride(tmp_path):
+    model = make(tmp_path, "BertForMaskedLM")
+    (tmp_path / "a.txt").write_text("abc")
+    with pytest.raises(
+        UpcycleError, match=r"--stride 4 is for decoders, and BertForMaskedLM is scored on rows"
+    ):
+        evaluate(model, ToScore(text=tmp_path / "a.txt", stride=4))
 
 
 def test_mistakes_in_what_is_given(byte_model, story, tmp_path):

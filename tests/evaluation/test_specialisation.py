@@ -290,6 +290,12 @@ def test_a_convnext_is_watched(pictures, tmp_path):
         assert sum(d.tokens for d in layer.domains.values()) == 12 * grid.rows * grid.columns
 
 
+def test_rows_beyond_the_positions_are_refused(mixtral, texts):
+    most = Subject.of(mixtral).length
+    with pytest.raises(UpcycleError, match=f"^length = {most + 1} and the model has {most} positions"):
+        specialisation(mixtral, ToWatch(text=texts, limit=4, length=most + 1))
+
+
 def test_words_in_brackets_are_words(capsys):
     """Tokens and paths are shown as they are: `[/` is a token of many vocabularies."""
     from upcycle.cli.screen import show_warnings

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
+import tiny
 import upcycle
 from upcycle import Recipe, UpcycleError, cli
+from upcycle.api.forecasting import foretell_run
+from upcycle.data.corruption import span_lengths
 from upcycle.forecast import outlook, time
 from upcycle.forecast.traffic import Collective
 from upcycle.system import gpus
+from upcycle.training.rehearsal import rehearse
 from upcycle.training.run import Run
 
 MOE = {"moe": {"num_experts": 8}}
@@ -57,6 +62,35 @@ def test_a_run_file_foretells_what_its_options_do(run, capsys):
     assert "forecast" not in planned(capsys, run)
 
 
+def of_rows(length: int, source: Path) -> Run:
+    """A run of 16 rows a step, which no data are there for."""
+    return Run.of(
+        {
+            "source": str(source),
+            "out": "runs/out",
+            "data": {"sources": [{"path": "none.txt"}]},
+            "moe": {"num_experts": 4, "target": "upcycled", "layers": "every_other"},
+            "train": {"steps": 1, "batch_tokens": 16 * length, "sequence_length": length, "micro_batch": 2},
+            "schedule": {"peak": 1e-3},
+        }
+    )
+
+
+def test_rows_beyond_the_positions_of_an_encoder_are_refused(tmp_path):
+    source = tiny.make(tmp_path / "bert", "BertForMaskedLM")
+    for foreseen in (foretell_run, rehearse):
+        with pytest.raises(UpcycleError, match=r"train\.sequence_length = 64 and the model has 40 positions"):
+            foreseen(of_rows(64, source), world=2)
+
+
+def test_rows_of_two_stacks_are_those_of_the_dry_run(tmp_path):
+    """The spans that are cut out make a decoder's row much shorter than the encoder's."""
+    run = of_rows(64, tiny.make(tmp_path / "t5", "T5ForConditionalGeneration"))
+    found, rehearsed = foretell_run(run, world=2), rehearse(run, world=2)
+    spans = span_lengths(64, noise_density=0.15, mean_span=3)
+    assert found.tokens == rehearsed.tokens_per_step == 16 * (64 + spans.targets)
+
+
 def test_the_forecast_is_shown(run, capsys):
     cli.main(["plan", str(run), "--world", "16", "--gpu", "A100"])
     out = capsys.readouterr().out
@@ -72,6 +106,10 @@ def test_the_forecast_is_shown(run, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (
+            ["--world", "8", "--set", "train.sequence_length=128"],
+            "train.sequence_length = 128 and the model has 64 positions",
+        ),
         (["--world", "12"], "64 rows of a global batch do not divide among 12 groups of ranks"),
         (["--world", "16", "--set", "parallel.ep=16"], "ep must divide the 8 experts"),
         (["--world", "16", "--gpu", "H9"], "unknown GPU 'H9'"),
@@ -107,6 +145,7 @@ def test_options_of_a_forecast_ask_for_one(option, dense, capsys):
         ({"world": 8, "tp": 8}, "tp must divide the 4 heads"),
         ({"world": 8, "rows": 0}, "rows = 0; it must be"),
         ({"world": 8, "context": -1}, "context = -1; it must be"),
+        ({"world": 8, "context": 65}, "context = 65 and the model has 64 positions"),
     ],
 )
 def test_what_does_not_fit_is_refused(dense, asked, words):
@@ -134,8 +173,6 @@ def test_seconds_of_a_ring_by_hand():
 
 def test_published_utilisations_lie_between_the_bounds(tmp_path):
     """FSDP with expert parallelism reached 23.4 % and 19.6 % (MoE Parallel Folding, Table 1)."""
-    import tiny
-
     base = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_key_value_heads": 8,
         "max_position_embeddings": 4096,

@@ -295,11 +295,15 @@ def test_a_data_set_with_splits_is_scored_on_its_test_split(splits, dense, tmp_p
         ("{splits}", {"test": "{splits}/train"}),
         ("{dense}/chats.jsonl", {"test": "{dense}/../{dense.name}/chats.jsonl"}),
         ("{dense}", {"test": "{dense}/chats.jsonl"}),
+        ("{linked}", {"test": "{dense}/chats.jsonl"}),
     ],
 )
 def test_a_set_to_score_on_is_not_trained_on(source, task, splits, dense, tmp_path):
-    task = {key: value.format(splits=splits, dense=dense) for key, value in task.items()}
-    data = {"sources": [{"path": source.format(splits=splits, dense=dense)}], "held_out": 0.0}
+    places = {"splits": splits, "dense": dense, "linked": tmp_path / "linked"}
+    places["linked"].mkdir()
+    (places["linked"] / "mine.jsonl").symlink_to(dense / "chats.jsonl")
+    task = {key: value.format(**places) for key, value in task.items()}
+    data = {"sources": [{"path": source.format(**places)}], "held_out": 0.0}
     with pytest.raises(
         UpcycleError, match=r"is trained on, too, because data.sources names it; give another"
     ):
@@ -455,3 +459,9 @@ def test_other_mistakes(dense, tmp_path):
         train(table(dense, tmp_path / "run", data={"sources": [{"path": "a"}, {"path": "b"}]}))
     with pytest.raises(UpcycleError, match=r"give either --text FILE or .*--chats FILE"):
         ToScore(chats=dense / "chats.jsonl", images=dense)
+    with pytest.raises(
+        UpcycleError, match=r"fits into length = 20 tokens .*lengthen the rows, or in a run, set"
+    ):
+        evaluate(dense, ToScore(chats=dense / "chats.jsonl", length=20))
+    with pytest.raises(UpcycleError, match=r"length = 9999 and the model has \d+ positions"):
+        evaluate(dense, ToScore(chats=dense / "chats.jsonl", length=9999))

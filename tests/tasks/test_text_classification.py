@@ -13,6 +13,9 @@ import transformers
 
 import tiny
 from upcycle import UpcycleError
+from upcycle.data.feeding import Feeding
+from upcycle.dense.subject import Subject
+from upcycle.tasks.text_classification import TextClassification
 from upcycle.training import start
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
@@ -115,3 +118,72 @@ def test_a_class_that_is_read_at_the_end_token_wants_one_in_every_text(ends, tex
     message = rf"T5ForSequenceClassification reads the class at the last end token \(id {END}\), .* {counts}"
     with pytest.raises(UpcycleError, match=message):
         train(Run.of(table(source, file, tmp_path / "run")))
+
+
+NAMES = [
+    "entailment",
+    "neutral",
+    "contradiction",
+]  # in an order that is neither the head's nor the alphabet's
+HEAD = {"contradiction": 0, "neutral": 1, "entailment": 2}
+
+
+def labels_of(texts: Path, source: Path) -> list[int]:
+    """The labels of a file of texts as numbers of the model's head."""
+    subject = Subject(folder=source, config=json.loads((source / "config.json").read_text()))
+    feed = TextClassification().feed(Feeding.of_file(texts, length=8, cache=texts.parent), subject)
+    return feed.at(np.arange(sum(feed.trainable)))["labels"].tolist()
+
+
+def class_labels(file: Path, labels: list[int]) -> Path:
+    """A parquet file of texts with a ClassLabel, as `datasets` writes one."""
+    import datasets
+
+    features = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=NAMES)}
+    rows = {"text": ["the cat"] * len(labels), "label": labels}
+    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(file)
+    return file
+
+
+def test_named_classes_of_parquet_are_those_of_the_head(tmp_path):
+    """The same rows give the same labels, whether their classes are names or numbers with names."""
+    source = classifier(tmp_path / "dense", "Bert")
+    config = json.loads((source / "config.json").read_text())
+    named = {"id2label": {number: name for name, number in HEAD.items()}, "label2id": HEAD}
+    (source / "config.json").write_text(json.dumps(config | named))
+    labels = [0, 1, 2, 0, 0, 1, 2, 2]
+    lines = [json.dumps({"text": "the cat", "label": NAMES[label]}) for label in labels]
+    (tmp_path / "names.jsonl").write_text("\n".join(lines))
+    numbers = class_labels(tmp_path / "numbers.parquet", labels)
+    assert labels_of(numbers, source) == [HEAD[NAMES[label]] for label in labels]
+    assert labels_of(numbers, source) == labels_of(tmp_path / "names.jsonl", source)
+
+
+def test_a_test_set_may_lack_a_class_that_is_named(texts, tmp_path):
+    source = classifier(tmp_path / "dense", "Bert")
+    lines = texts.read_text().splitlines()
+    (tmp_path / "test.jsonl").write_text("\n".join(line for line in lines if "none" in line))
+    task = {"name": "text_classification", "classes": 2, "test": str(tmp_path / "test.jsonl")}
+    made = table(source, texts, tmp_path / "run", task=task)
+    with pytest.raises(
+        UpcycleError, match=r"only one of them has dog; .* set task\.classes to the names of all"
+    ):
+        train(Run.of(made))
+    made |= {"task": task | {"classes": ["none", "dog"]}, "out": str(tmp_path / "named")}
+    train(Run.of(made))
+    assert read(tmp_path / "named")[-1].held_out_accuracy is not None
+
+
+def test_a_number_without_a_name_is_no_class(tmp_path):
+    import pyarrow.parquet
+
+    source = classifier(tmp_path / "dense", "Bert")
+    rows = pyarrow.parquet.read_table(class_labels(tmp_path / "rows.parquet", [0, 1, 2, 0]))
+    wrong = pyarrow.array([0, 1, 2, 3], rows.schema.field("label").type)
+    pyarrow.parquet.write_table(
+        rows.set_column(1, rows.schema.field("label"), wrong), tmp_path / "rows.parquet"
+    )
+    with pytest.raises(
+        UpcycleError, match=r"label 3; labels must all be whole numbers of 0 to 2 \(it names 3 classes\)"
+    ):
+        labels_of(tmp_path / "rows.parquet", source)

@@ -18,7 +18,7 @@ from upcycle import UpcycleError, families
 from upcycle.data.corruption import IGNORED
 from upcycle.hf import heads
 from upcycle.hf.heads import Head
-from upcycle.training import chunked_entropy, held_out, step
+from upcycle.training import chunked_entropy, step
 from upcycle.training.parallel import ranks as world
 
 HEADS = {"gemma2": {"final_logit_softcapping": 2.0}, "gemma3_text": {"final_logit_softcapping": 3.0}}
@@ -149,7 +149,7 @@ def test_a_step_in_chunks_is_the_plain_step(native, tmp_path, monkeypatch):
             trainee = ranks.trainee_of(run, here)
         batch = ranks.batch_of(run, trainee.task)
         outcome = step.train_step(trainee, batch, 0, 1e-3)
-        score = held_out.score(trainee, {"rows": batch["rows"][:3]})
+        score = ranks.score_of(trainee, {"rows": batch["rows"][:3]})
         found.append((outcome.loss, outcome.grad_norm, outcome.balance_loss, score.loss, score.accuracy))
     assert found[1] == pytest.approx(found[0], rel=1e-5)
     assert found[1][0] != 0.0

@@ -23,7 +23,7 @@ from upcycle import UpcycleError
 from upcycle.data.corruption import IGNORED
 from upcycle.dense.subject import Subject
 from upcycle.hf import packing
-from upcycle.training import chunked_entropy, held_out, micro_batch, saving, start, step
+from upcycle.training import chunked_entropy, micro_batch, saving, start, step
 from upcycle.training.examining import Examiner
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
@@ -38,7 +38,7 @@ def outcome(source: Path, changes: dict[str, Any], batch: dict[str, torch.Tensor
     with world(run.parallel) as here:
         trainee = ranks.trainee_of(run, here)
     found = step.train_step(trainee, batch, 0, 1e-2)
-    score = held_out.score(trainee, batch)
+    score = ranks.score_of(trainee, batch)
     told = [found.loss, found.grad_norm, found.balance_loss, found.z_loss, score.loss, score.accuracy]
     assert all(number is not None for number in told)
     return [float(number) for number in told if number is not None]
@@ -114,7 +114,7 @@ def test_rows_without_targets(tmp_path):
     assert found.loss == 0.0
     assert math.isfinite(found.grad_norm)
     with pytest.raises(UpcycleError, match="none of the 4 held-out rows has anything to predict"):
-        held_out.score(trainee, batch)
+        ranks.score_of(trainee, batch)
 
 
 @pytest.mark.parametrize("model", ["llama", "qwen3_5_text"])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import gloo
 import pins
@@ -95,6 +95,24 @@ def test_muon_is_torchs_for_each_matrix(name, adjust):
     for part, place in parts:
         # Products of bfloat16 in batches may sum in another order.
         torch.testing.assert_close(whole.data[place], part.data, rtol=0, atol=2e-4)
+
+
+def test_muon_takes_the_map_of_a_matrix_that_is_stored_the_other_way_round():
+    """GPT-2's Conv1D has [in, out]. The same maps as linear layers are updated by torch's Muon."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, n_positions=8, vocab_size=9))
+    known = roles.roles(model)
+    for name in ("c_fc", "c_proj"):
+        path = f"transformer.h.0.mlp.{name}.weight"
+        stored = model.get_parameter(path)
+        linear = nn.Parameter(stored.detach().T.clone())
+        group = {"params": [stored], "weight_decay": 0.1, "lr": 0.03, "role": known[path]}
+        ours = Muon(adjust="original").make([group])
+        theirs = torch.optim.Muon([linear], lr=0.03, weight_decay=0.1, adjust_lr_fn="original")
+        for _ in with_gradients(2, [(stored, ...)], tuple(stored.shape)):
+            linear.grad = stored.grad.T.clone()
+            both(ours, theirs)
+        torch.testing.assert_close(stored.data.T, linear.data, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("name", [*SHAPES, "vector", "biases of experts", "kernel"])

@@ -6,12 +6,13 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import stat
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,13 +22,17 @@ import torch
 
 import forked
 import tiny
+import upcycle
 from files import toml
 from marks import quick
-from upcycle import Recipe, UpcycleError, cli, plan
+from upcycle import Recipe, UpcycleError, cli, plan, tasks
+from upcycle.data.corpus import Data, Source
+from upcycle.records.metrics import StepMetrics
 from upcycle.records.state import RunState
+from upcycle.sharding.layout import Layout
 from upcycle.system import lock, whole_file
 from upcycle.system.signals import held
-from upcycle.training import metrics, micro_batch, run_folder, saving, start
+from upcycle.training import fit, metrics, micro_batch, run_folder, saving, start
 from upcycle.training.export import export
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
@@ -305,6 +310,39 @@ def test_export_tells_of_the_source_that_was_trained(table: Table, source: Path,
     told = json.loads((tmp_path / "out" / "upcycle.json").read_text())
     assert told["source"]["sha256"] == json.loads((out / "run.json").read_text())["source_sha256"]["source"]
     assert told["training"][0]["source_hashed"] == "at the start"
+
+
+def test_a_run_of_relative_paths_is_exported_from_anywhere(
+    table: Table, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its source and its donors are found from where it was begun; it goes on from there alone."""
+    home, away = tmp_path / "home", tmp_path / "away"
+    home.mkdir()
+    away.mkdir()
+    (home / "text.txt").write_text(WORDS * 40)
+    for name in ("dense", "donor"):
+        shutil.copytree(source, home / "models" / name)
+    experts = {"name": "experts", "expert": [{}, {"source": "models/donor"}]}
+    settings = table(
+        source="models/dense", out="run", moe={"num_experts": 2, "top_k": 2}, init=experts,
+        data={"sources": [{"path": "text.txt"}]},
+    )  # fmt: skip
+    monkeypatch.chdir(home)
+    train(settings)
+    export("run", "here")
+    monkeypatch.chdir(away)
+    export(home / "run", "there")
+    wanted, got = content(home / "here"), content(away / "there")
+    assert got.keys() == wanted.keys()
+    assert got["model.safetensors"] == wanted["model.safetensors"]
+    told = json.loads(got["upcycle.json"])["source"]
+    assert told["name"] == "dense"
+    assert (away / "there" / told["path"]).resolve() == home / "models" / "dense"
+    for change in ({}, {"source": str(home / "models" / "dense")}):
+        moved = {**settings, "out": str(home / "run"), **change}
+        lost = "models/dense" if not change else r"text\.txt"
+        with pytest.raises(UpcycleError, match=f"^{lost} is not here; .* was begun in {home}, from where"):
+            upcycle.train(moved, resume=True)
 
 
 # --- export
@@ -661,6 +699,82 @@ def test_a_run_keeps_the_examples_that_it_held_out(then: Any, wanted: tuple[int,
     assert run_folder._settled_as(said, then).data == said.data
 
 
+@pytest.mark.parametrize("told", [True, False], ids=["by the checkpoint", "by run.json"])
+def test_a_run_keeps_its_precision(
+    told: bool,
+    table: Table,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """With `auto`, a machine with an accelerator would take another one than a CPU."""
+    whole = begun(table, out=str(tmp_path / "whole"), train={"steps": 4}, **MOE)
+    out = begun(table, **MOE)
+    if not told:  # as in checkpoints of earlier versions
+        saved = out / "checkpoints" / "step-2" / "state.json"
+        state = json.loads(saved.read_text())
+        del state["precision"], state["state_sha256"]
+        saved.write_text(json.dumps(state))
+    monkeypatch.setattr(fit, "precision", lambda run: "mixed")
+    with caplog.at_level("INFO"):
+        train(Run.of(table(train={"steps": 4}, **MOE)), resume=True)
+    assert losses(out) == losses(whole)
+    assert saving.read_state(out / "checkpoints" / "step-4").precision == "float32"
+    assert run_folder.read_record(out).precision == "float32"
+    assert "goes on in float32, in which it began; train.precision = auto would be mixed here" in caplog.text
+
+
+def test_a_run_without_a_record_of_its_precision_takes_that_of_today(table: Table, tmp_path: Path) -> None:
+    run = Run.of(table(out=str(tmp_path)))
+    before = RunState(step=3, batches={}, identity={})
+    assert run_folder.precision(run, before) == fit.precision(run)
+    assert run_folder.precision(run, replace(before, precision="bfloat16")) == "bfloat16"
+    (tmp_path / "run.json").write_text("{}")
+    assert run_folder.precision(run, before) == fit.precision(run)
+    said = replace(run, train=replace(run.train, precision="mixed"))
+    assert run_folder.precision(said, replace(before, precision="bfloat16")) == "mixed"
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "why"),
+    [
+        ("causal_lm", {"split_seed": 0}, "causal_lm holds out the end of each source"),
+        ("span_corruption", {"split_seed": 3}, "span_corruption holds out the end of each source"),
+        ("sft", {"split_seed": 3}, None),
+        ("causal_lm", {}, None),
+        ({"name": "sft", "test": "x.jsonl"}, {"split_seed": 3}, "task.test is scored on"),
+    ],
+)
+def test_a_seed_of_a_split_that_draws_nothing(task: Any, data: dict[str, Any], why: str | None) -> None:
+    read = tasks.read({"name": task} if isinstance(task, str) else task)
+    said = read.idle_split(Data(sources=(Source(path="x"),), **data))
+    seed = data.get("split_seed")
+    wanted = f"data.split_seed = {seed} draws no held-out examples, because {why}; take it out"
+    assert said == (None if why is None else wanted)
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+def test_a_run_that_began_with_such_a_seed_goes_on(seed: int | None, table: Table, caplog: Any) -> None:
+    """With a warning, which a run without one does not get: each records a seed."""
+    given = table(data={} if seed is None else {"split_seed": seed})
+    said = r"data\.split_seed = 0 draws no held-out examples"
+    out = begun(table)
+    shutil.rmtree(out / "checkpoints" / "step-2")
+    train(Run.of(given), resume=True)
+    assert bool(re.search(said, caplog.text)) == (seed is not None)
+    if seed is not None:
+        with pytest.raises(UpcycleError, match=said):
+            train(Run.of({**given, "out": f"{out}-new"}))
+
+
+@pytest.mark.parametrize("name", ["sft", "text_classification", "image_classification"])
+def test_a_set_without_a_name_is_not_this_folder(name: str) -> None:
+    with pytest.raises(UpcycleError, match=r'task\.test = "" names no set'):
+        tasks.read({"name": name, "test": ""})
+    with pytest.raises(UpcycleError, match=r'data\.sources path = "" names no data'):
+        Source(path="")
+
+
 # --- a batch that does not fit
 
 
@@ -710,6 +824,39 @@ def test_the_parts_are_equal(
     assert micro_batch.chosen(run, start_, {"layers": 16}, here, before).train.micro_batch is None
 
 
+@pytest.mark.parametrize(
+    ("then", "now", "most", "wanted"),
+    [
+        (8, 8, 8, None),
+        (8, 16, 8, None),
+        (8, 1, 100, 8),  # as many as before, though more would fit today
+        (8, 1, 3, 2),  # of sharded weights a rank has more than before
+        (8, 1, None, 8),
+        (2, 4, 1, None),
+    ],
+)
+def test_fewer_ranks_take_no_more_rows_at_once(
+    then: int,
+    now: int,
+    most: int | None,
+    wanted: int | None,
+    table: Table,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A run whose ranks had all their rows of a step in one pass goes on with other ranks."""
+    monkeypatch.setattr(micro_batch, "_rows_that_fit", lambda *_: most)
+    monkeypatch.setattr(Ranks, "share", lambda self, value: value)
+    here = Ranks(device=torch.device("cpu"), dp_size=now, layout=Layout(fsdp=now))
+    before = RunState(step=3, batches={}, identity={}, layout=asdict(Layout(fsdp=then)))
+    for loss in ("per_layer", "pooled"):
+        run = Run.of(table(train={"batch_tokens": 16 * 64}, **MOE, router={"balance_loss": loss}))
+        found = micro_batch.chosen(run, start.start_of(run), {"layers": 16}, here, before)
+        assert found.train.micro_batch == (wanted if loss == "per_layer" else None)
+    said = f"has {64 // now} rows in one pass instead of {64 // then}"
+    assert [said in record.message for record in caplog.records] == [True] * (wanted is not None)
+
+
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
 def test_from_scratch_needs_no_weights(moe: bool, table: Table, source: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
@@ -723,6 +870,21 @@ def test_from_scratch_needs_no_weights(moe: bool, table: Table, source: Path, tm
     export(made, tmp_path / "out")
     told = json.loads((tmp_path / "out" / "upcycle.json").read_text())
     assert [*told["source"]["sha256"]] == ["config.json"]
+
+
+def test_from_scratch_warns_of_no_weights(table: Table) -> None:
+    """Experts that are made of the dense network are drawn anew, and so is their router."""
+
+    def said(**changes: Any) -> list[str]:
+        router = {"init": "zeros"}
+        init = {"name": "drop", "ratio": 0.5}
+        run = Run.of(table(**{**MOE, "init": init, "router": router}, **changes))
+        return fit.warnings(run, start.start_of(run).built)
+
+    usual, from_scratch = said(), said(from_scratch=True)
+    for of_weights in ("damages the model it starts from", "an all-zero router gives every expert the same"):
+        assert any(of_weights in each for each in usual)
+        assert not any(of_weights in each for each in from_scratch)
 
 
 # --- a full disk
@@ -752,6 +914,35 @@ def test_a_full_disk_names_the_file(
     assert "No space left on device" in said
     assert not list((tmp_path / "run").rglob("*.partial"))
     assert train(Run.of(table()), resume=True).finished
+
+
+def on_a_full_disk(path: Path, data: bytes, write: Any = whole_file.write) -> None:
+    """Write a file, but begin metrics.jsonl where nothing can be added to it."""
+    write(path, data) if path.name != StepMetrics.FILE else path.symlink_to("/dev/full")
+
+
+def test_a_full_disk_does_not_hide_what_to_do(
+    table: Table, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(metrics.whole_file, "write", on_a_full_disk)
+    monkeypatch.setattr(saving, "write", lambda *_: "No space left on device")
+    with pytest.raises(UpcycleError, match=r"step 1 could not be saved .* go on with --resume"):
+        train(Run.of(table(train={"steps": 1})))
+    said = [record.message for record in caplog.records]
+    assert "metrics of step 1 are lost: No space left on device" in said
+    assert "metrics.jsonl lacks the last steps: No space left on device" in said
+
+
+def test_a_run_goes_back_when_the_disk_was_full(table: Table, tmp_path: Path) -> None:
+    run = Run.of(table())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics.whole_file, "write", on_a_full_disk)
+        log = metrics.Metrics(tmp_path, run.log, 2, 0, {})
+    log.step(StepMetrics(step=1, tokens=64, loss=1.0))
+    log.go_back(0)
+    log.step(StepMetrics(step=1, tokens=64, loss=2.0))
+    log.close()
+    assert losses(tmp_path) == [2.0]
 
 
 @pytest.mark.parametrize("damaged", ["{}", "[]", '{"step": "x"}', "5"])

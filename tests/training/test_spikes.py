@@ -12,7 +12,7 @@ import torch
 from marks import quick
 from upcycle import UpcycleError
 from upcycle.system.progress import Unheard, reporting_to
-from upcycle.training import step
+from upcycle.training import ledger, step
 from upcycle.training.export import export
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
@@ -188,6 +188,26 @@ def test_a_run_goes_back_and_passes_the_bad_batch(harm, trainable, quiet, harmed
     seen, harmed["rows"] = harmed["rows"], []
     assert train(Run.of({**run, "train": {**run["train"], "steps": 11}}), resume=True).finished
     assert not {*harmed["rows"]} & {*seen}
+
+
+def test_the_pace_of_another_stage_is_no_measure(trainable, quiet, harmed, tmp_path, monkeypatch):
+    """The first step of stage 2 takes the run back to stage 1, and the second one to the first of stage 2."""
+    paces: list[list[float]] = []
+
+    class Watched(Pace):
+        def falls(self, tokens_per_s: float) -> tuple[float, float] | None:
+            if not self._speeds:
+                paces.append([])
+            paces[-1].append(tokens_per_s)
+            return super().falls(tokens_per_s)
+
+    monkeypatch.setattr(ledger, "Pace", Watched)
+    harmed["factor"] = dict.fromkeys([quiet[1][3], quiet[1][5]], math.nan)
+    stages = [{"train": {"steps": 3, "only": ["router"]}}, {"train": {"steps": 3}}]
+    run = table(trainable, tmp_path, spikes={"nonfinite": "roll_back"}, checkpoint={"every": 1})
+    del run["train"]["steps"]
+    assert train(Run.of({**run, "stage": stages})).finished
+    assert list(map(len, paces)) == [3, 1, 4]
 
 
 def test_a_run_that_does_not_get_past_bad_steps_ends(trainable, quiet, harmed, tmp_path):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import tempfile
 import tomllib
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from marks import quick, sampled
 from simulated import Traffic
 from upcycle import Recipe, UpcycleError, convert, tasks
 from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.data import leaks
 from upcycle.dense.admission import admit
 from upcycle.families._training import trained
 from upcycle.records.provenance import Provenance
@@ -365,6 +368,33 @@ def test_a_stage_can_read_its_data_anew(trainable, two_sources, tmp_path):
     assert rows_of(Run.of(run), (12, 12))[1] == rows_of(Run.of(alone), (12,))[0]
 
 
+def test_a_stage_cannot_read_anew_what_an_earlier_one_has(
+    trainable, two_sources, tmp_path, monkeypatch, caplog
+):
+    """Both have one feed. A run that has trained so goes on with a warning."""
+    first = {"train": {"steps": 1}}
+    own = {**first, "data": weighted(two_sources, 3.0, 1.0)}
+    said = "anew = true is for .* and stage 1 has the same"
+
+    def run(*stages: dict) -> Run:
+        made = mixed(trainable, two_sources, tmp_path / "run", *stages)
+        made["train"] = {"sequence_length": 16, "batch_tokens": 64, "eval_every": 0}
+        return Run.of(made)
+
+    assert fit.not_anew(run({**own, "anew": True}, first)) is None
+    assert fit.not_anew(run(first, {**own, "anew": True})) is None
+    with pytest.raises(UpcycleError, match=f"stage 3: {said}"):
+        train(run(first, own, {**first, "anew": True}))
+    again = run(own, {**own, "anew": True})
+    with pytest.raises(UpcycleError, match=f"stage 2: {said}"):
+        rehearse(again)
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "not_anew", lambda run: None)
+        train(again)
+    train(again, resume=True)
+    assert re.search(f"stage 2: {said}", caplog.text)
+
+
 def test_a_run_of_an_earlier_version_reads_its_data_as_it_began(trainable, two_sources, tmp_path):
     last = {"train": {"steps": 2}, "data": weighted(two_sources, 3.0, 1.0)}
     run = mixed(trainable, two_sources, tmp_path / "run", {"train": {"steps": 1}}, {**last, "anew": True})
@@ -469,6 +499,23 @@ def test_a_stage_is_judged_by_its_own_steps(case, trainable, tmp_path):
     assert recent.known() == (((1.0, 2.0),) if goes_on else ())
 
 
+def test_what_is_no_longer_trained_leaves_the_memory(trainable, tmp_path, monkeypatch):
+    """The moments of the first stage's experts are gone when the second one begins, which trains routers."""
+    left, real = [], enter.next_stage
+
+    def watched(trainee: Trainee, *rest: object) -> Trainee:
+        moments = [weakref.ref(t) for state in trainee.optimizer.state.values() for t in state.values()]
+        assert moments
+        made = real(trainee, *rest)
+        left.append(sum(moment() is not None for moment in moments))
+        return made
+
+    monkeypatch.setattr(enter, "next_stage", watched)
+    stages = [{"train": {"steps": 1, "only": [part]}} for part in ("experts", "router")]
+    train(Run.of(table(trainable, tmp_path, stage=stages)))
+    assert left == [0]
+
+
 def test_documents_apart_in_one_stage(trainable, tmp_path, monkeypatch):
     """Attention that reads no masks is refused as well if a later stage alone needs them."""
     stages = [{"train": {"steps": 1}}, {"train": {"steps": 1}, "data": {"isolate": True}}]
@@ -492,6 +539,22 @@ def test_what_a_later_stage_cannot_have_is_said(trainable, tmp_path):
     later = {**bias, "bias_update_steps": 3}
     assert not fit.warnings(Run.of({**run, "stage": [stages[0], {**stages[1], "router": later}],
                                     "optimizer": {}}), None)  # fmt: skip
+
+
+def test_a_stage_is_not_scored_on_what_an_earlier_one_trained_on(trainable, tmp_path, caplog):
+    """A run that has begun so goes on, with a warning."""
+    stages = [{"train": {"steps": 1}}, {"train": {"steps": 1}, "data": {"held_out": 0.3}}]
+    run = table(trainable, tmp_path / "run", stage=stages)
+    said = "is scored on 0.3 of .*, because it holds out 0.1 of"
+    with pytest.raises(UpcycleError, match=said):
+        train(Run.of(run))
+    with pytest.MonkeyPatch.context() as earlier:
+        earlier.setattr(leaks, "later", lambda *_: None)
+        train(Run.of(run))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-2")
+    train(Run.of(run), resume=True)
+    assert [line.step for line in read(tmp_path / "run")] == [1, 2]
+    assert re.search(said, caplog.text)
 
 
 def saved_moments(run: dict, step: int) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -33,9 +34,10 @@ from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.data.batches import Batches
 from upcycle.data.corpus import prepare
 from upcycle.system import memory
-from upcycle.training import fit, moments, router_losses, routing, saving, start
+from upcycle.training import fit, held_out, moments, router_losses, routing, saving, start, transfer
 from upcycle.training.export import export
 from upcycle.training.exports._on_disk import on_disk
+from upcycle.training.held_out import HeldOut
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
 from upcycle.training.parallel import Ranks
@@ -492,6 +494,37 @@ def test_a_run_with_such_a_weight_may_only_go_on(table, tmp_path, monkeypatch, c
     capsys.readouterr()
     assert train(Run.of(made), resume=True).finished
     assert "that no router of this run computes" in capsys.readouterr().err
+
+
+# --- held-out rows ---
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_a_rank_keeps_its_share_of_the_held_out_rows(world):
+    """Every row counts once; all ranks run as many passes, of whole groups, and keep no more than these."""
+    for rows, whole, size in itertools.product((1, 3, 10, 16), (1, 2, 3), (1, 2, 5)):
+        batch, counted, passes = {"row": torch.arange(rows)}, [], set()
+        for rank in range(world):
+            here = Ranks(device=torch.device("cpu"), dp_rank=rank, dp_size=world)
+            held = HeldOut.of(batch, here, whole)
+            assert len(held.mine["row"]) <= min(rows, -(-rows // world) + whole)
+            found = [(micro["row"].tolist(), count) for micro, count in held.parts(size)]
+            assert all(len(each) % whole == 0 and count <= size for each, count in found)
+            counted += [row for each, count in found for row in each[:count]]
+            passes.add(len(found))
+        assert counted == list(range(rows))
+        assert len(passes) == 1
+
+
+def test_held_out_rows_go_to_the_device_a_micro_batch_at_a_time(table, monkeypatch):
+    moved, real = [], transfer.to_device
+    monkeypatch.setattr(
+        held_out.transfer, "to_device", lambda batch, device: moved.append(batch) or real(batch, device)
+    )
+    result = train(Run.of(table(**MOE, train={"steps": 1, "eval_every": 1, "micro_batch": 3})))
+    assert result.held_out_loss is not None
+    sizes = [len(batch["rows"]) for batch in moved]
+    assert sizes == [3, 3, 3, 3, 3, 1, 8, 3, 3, 3, 3, 3, 1]  # 16 rows before and after a step on 8
 
 
 # --- from scratch ---

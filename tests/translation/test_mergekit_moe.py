@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import tomllib
 from pathlib import Path
 
@@ -75,6 +76,23 @@ def test_the_documented_form(named, tmp_path):
         f"upcycle calibrate {named['base']} --prompts prompts.toml --collect mergekit_hidden "
         f"--out statistics.safetensors"
     )
+
+
+def test_commands_can_be_copied(named, tmp_path, monkeypatch, capsys):
+    """Paths with blanks are single words, on the screen and in the comment of the recipe."""
+    source = "models/the base"
+    text = DOCUMENTED.format(mode="hidden", **(named | {"base": source}))
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, text)
+    cli.main(["recipe", "config.yml", "--out", "my recipe.toml"])
+    shown = capsys.readouterr().out.splitlines()[2:]
+    assert [shlex.split(line) for line in shown] == [
+        ["upcycle", "calibrate", source, "--prompts", "my recipe_prompts.toml", "--collect",
+         "mergekit_hidden", "--out", "statistics.safetensors"],
+        ["upcycle", "convert", source, "OUT", "--recipe", "my recipe.toml"],
+    ]  # fmt: skip
+    head = Path("my recipe.toml").read_text().splitlines()[:2]
+    assert head == [f"# {line}" for line in shown]
 
 
 def test_a_random_one_is_what_mergekit_makes(named, tmp_path):

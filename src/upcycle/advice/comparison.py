@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,7 @@ from upcycle.system.wording import rounded
 
 NEAR = 2.0  # a paper covers models up to so many times larger or smaller than its own
 NEAR_BUDGET = 4.0  # the same for tokens
+Better = Literal["upcycling", "dense continuation"] | None
 UNREAD = "how many experts of a token and which layers it was found with is not in what was read"
 
 
@@ -19,22 +21,54 @@ UNREAD = "how many experts of a token and which layers it was found with is not 
 class Comparison:
     """Upcycling and dense continuation on one budget, in `tokens` or as a `share` of the dense cost.
 
-    `better` is None if they are level. `trained` is what the dense models had seen, in tokens per parameter,
-    fewest and most; None: not asked. `against` is the dense model that was trained on, if it was not the
-    source.
+    `better` is None if they end level. If `ahead` is given, upcycling is ahead from that share on, and the
+    dense model before. `trained` is what the dense models had seen, in tokens per parameter, fewest and most;
+    None: not asked. `against` is the dense model that was trained on, if it was not the source.
     """
 
     paper: str
     kind: Kind
     inits: tuple[str, ...]
     sizes: tuple[float, float]
-    better: Literal["upcycling", "dense continuation"] | None
+    better: Better
     found: str
     experts: Experts
     tokens: float | None = None
     share: tuple[float, float] | None = None
+    ahead: float | None = None
     trained: tuple[float, float] | None = None
     against: str | None = None
+
+    @property
+    def way(self) -> tuple[Hashable, ...]:
+        """What results have in common that differ in how long the dense model was trained alone."""
+        return self.paper, self.kind, self.inits, self.sizes, self.experts, self.tokens, self.against
+
+    def better_for(self, taken: float | None) -> Better:
+        """Return what is ahead after a share of the dense cost; None if that is not told apart."""
+        behind = self.ahead is not None and taken is not None and taken < self.ahead
+        return "dense continuation" if behind else self.better
+
+
+def covering(situation: Situation, comparisons: Iterable[Comparison]) -> list[Comparison]:
+    """Return the results that cover a situation, in their order.
+
+    Of those that differ in `trained` alone, the one whose dense model was trained most nearly as long is
+    taken.
+    """
+    found: dict[tuple[Hashable, ...], list[Comparison]] = {}
+    for one in comparisons:
+        if one.kind == situation.kind and inside(situation, one)[0]:
+            found.setdefault(one.way, []).append(one)
+    return [min(alike, key=lambda one: _apart(situation, one)) for alike in found.values()]
+
+
+def _apart(situation: Situation, comparison: Comparison) -> float:
+    """Return how far the training of the dense model lies from that of a result, as a ratio of 1 or more."""
+    if situation.trained is None or comparison.trained is None:
+        return 1.0
+    low, high = comparison.trained
+    return max(low / situation.trained, situation.trained / high, 1.0)
 
 
 def inside(situation: Situation, comparison: Comparison) -> tuple[bool | None, str]:

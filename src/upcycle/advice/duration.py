@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from upcycle.advice.situation import Situation
 from upcycle.advice.statements import Statement
+from upcycle.blueprints.blueprint import Blueprint
 from upcycle.blueprints.cost import flops_per_row
 from upcycle.system.wording import rounded
 
@@ -68,10 +69,12 @@ NEAR_GPUS = 1.5  # the same for GPUs; utilisation halved between 128 and 512
 
 def total_flops(situation: Situation) -> float:
     """Return the FLOPs of training on the budget, with all attention scores, as published MFU counts them."""
-    row = 3 * flops_per_row(
-        situation.built.dense, situation.built, situation.lengths, all_scores=True
-    )  # fmt: skip
-    return situation.asked.tokens * row / situation.row
+    return situation.asked.tokens * _row_flops(situation, situation.built) / situation.row
+
+
+def _row_flops(situation: Situation, built: Blueprint | None) -> int:
+    """Return the FLOPs of training on a row, with all attention scores; `built` None: the dense model."""
+    return 3 * flops_per_row(situation.built.dense, built, situation.lengths, all_scores=True)
 
 
 def gpu_hours(situation: Situation, mfu: float) -> float:
@@ -82,7 +85,8 @@ def gpu_hours(situation: Situation, mfu: float) -> float:
 def statements(situation: Situation) -> list[Statement]:
     """Return the FLOPs, and the hours at the nearest measured utilisation of this engine and of Megatron."""
     count, gpu = situation.asked.gpus, situation.gpu
-    flops, longer = total_flops(situation), situation.moe_flops / situation.dense_flops
+    flops = total_flops(situation)
+    longer = _row_flops(situation, situation.built) / _row_flops(situation, None)
     out = [
         Statement(
             topic="time",

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
-from upcycle.advice.comparison import Comparison
+from upcycle.advice.comparison import Better, Comparison
 from upcycle.advice.experts import Experts
 from upcycle.advice.situation import Kind
 
@@ -139,7 +138,7 @@ class Measured:
     besides: str = ""
 
     @property
-    def better(self) -> Literal["upcycling", "dense continuation"] | None:
+    def better(self) -> Better:
         """What ends ahead; None if they are level."""
         if abs(self.less_dense) < 2 * self.error:
             return None
@@ -184,7 +183,6 @@ MEASURED = (
 def _comparison(measured: Measured) -> Comparison:
     of, variant = measured.of, measured.of.variants[measured.variant]
     against = of.against or "dense continuation"
-    ahead = measured.ahead if measured.better == "upcycling" else None
     seen = measured.start * of.tokens_per_parameter
     return Comparison(
         paper=of.source,
@@ -192,7 +190,8 @@ def _comparison(measured: Measured) -> Comparison:
         inits=(variant.init,),
         sizes=(of.size, of.size),
         experts=variant.experts,
-        share=(ahead or 0.0, of.extra),
+        share=(0.0, of.extra),
+        ahead=measured.ahead if measured.better == "upcycling" else None,
         trained=(seen, seen),
         better=measured.better,
         against=of.against,

@@ -41,8 +41,8 @@ def parse_tokens(text: str, option: str) -> int:
 class Budget:
     """The budget and the machines.
 
-    `tokens` are those of the training that would come now, counted as `train.tokens` counts them: a row has
-    the tokens of all its stacks (encoder and decoder, or stages) together.
+    `tokens` are those of the training that would come now, counted as a run's metrics.jsonl counts them: a
+    row has the tokens of all its stacks (encoder and decoder, or stages) together.
     """
 
     tokens: int
@@ -134,7 +134,7 @@ class Situation:
 
     @property
     def row(self) -> int:
-        """The tokens of a row in all stacks together, as `--tokens` and `upcycle train` count them."""
+        """The tokens of a row in all stacks together, as `--tokens` and a run's metrics.jsonl count them."""
         return sum(self.lengths.values())
 
     @property

@@ -11,8 +11,10 @@ from typing import Literal
 
 from upcycle.advice import comparison as compared
 from upcycle.advice import drop_ratio, published, scaling_law
+from upcycle.advice.comparison import Comparison
 from upcycle.advice.situation import Situation
 from upcycle.advice.statements import Choice, share
+from upcycle.system.wording import rounded
 
 Sure = Literal["fitted law", "published runs", "rule of thumb", "not known"]
 CLOSE = 0.01  # nats; two losses of the law that are closer than this are not told apart
@@ -56,12 +58,7 @@ def _by_law(situation: Situation, found: dict[Choice, float]) -> Verdict:
 def _by_results(situation: Situation) -> Verdict:
     scratch, why = _against_scratch(situation)
     beyond = "the fitted law does not reach this input"
-    runs = [
-        comparison
-        for comparison in published.EVERY_COMPARISON
-        if comparison.kind == situation.kind and compared.inside(situation, comparison)[0]
-        if comparison.better is not None
-    ]
+    runs = compared.covering(situation, published.EVERY_COMPARISON)
     if scratch == "above":
         return Verdict(
             choice="from scratch",
@@ -69,17 +66,8 @@ def _by_results(situation: Situation) -> Verdict:
             sentence=f"Probably from scratch: {why}; a rule of thumb, as {beyond}.",
         )
     if runs and scratch != "disagree":
-        first, better = runs[0], runs[0].better
-        same = "at equal tokens, not equal FLOPs" if first.tokens else "at equal cost"
-        same += f" against {first.against}" if first.against else ""
         rest = f"not from scratch, as {why}" if scratch == "below" else f"against from scratch, {why}"
-        said = f"upcycling, {initialisation(situation)}," if better == "upcycling" else better
-        return Verdict(
-            choice=better,
-            sure="published runs",
-            sentence=f"Probably {said} as found on models like this one {same} ({first.paper}); {rest}; "
-            f"{beyond}.",
-        )
+        return _by_run(situation, runs[0], f"{rest}; {beyond}")
     if scratch == "below":
         return Verdict(
             choice=None,
@@ -105,6 +93,32 @@ def _by_results(situation: Situation) -> Verdict:
         sure="not known",
         sentence=f"Nothing is known about this input: {beyond} and {why}; {MEASURE}.",
     )
+
+
+def _by_run(situation: Situation, run: Comparison, rest: str) -> Verdict:
+    """Return the verdict of the result that is nearest to the input."""
+    better = run.better_for(situation.share_of_cost)
+    same = "at equal tokens, not equal FLOPs" if run.tokens else "at equal cost"
+    same += f" against {run.against}" if run.against else ""
+    like = f"on models like this one {same} ({run.paper}){_place_of_run(situation, run)}"
+    if better is None:
+        said = f"Too close to call between dense continuation and upcycling, which end level {like}"
+        rest += f"; {MEASURE}"
+    else:
+        init = f", {initialisation(situation)}," if better == "upcycling" else ""
+        said = f"Probably {better}{init} as found {like}"
+    return Verdict(choice=better, sure="published runs", sentence=f"{said}; {rest}.")
+
+
+def _place_of_run(situation: Situation, run: Comparison) -> str:
+    """Return how long the dense model of a result was trained, and from which share upcycling was ahead."""
+    if run.trained is None or situation.share_of_cost is None:
+        return ""
+    said = f", the nearest of which had seen {rounded(run.trained[0])} tokens per parameter"
+    if run.ahead is None:
+        return said
+    here, ahead = share(situation.share_of_cost), share(run.ahead)
+    return f"{said}: upcycling was ahead from {ahead} of the dense cost on, and this budget is {here}"
 
 
 def _against_scratch(situation: Situation) -> tuple[Literal["below", "above", "disagree", "unknown"], str]:

@@ -9,6 +9,7 @@ from signal import SIGTERM
 from typing import TYPE_CHECKING, Any
 
 from upcycle.api._missing import refuse_missing
+from upcycle.api._names import names
 from upcycle.checkpoints import hub
 from upcycle.errors import UpcycleError
 from upcycle.evaluation import results
@@ -85,6 +86,7 @@ def evaluate(
     length: int | None = None,
     stride: int | None = None,
     separator: str | None = None,
+    field: str = "text",
     batch_size: int = 0,
     limit: int = 0,
     cache: str | Path | None = None,
@@ -94,19 +96,21 @@ def evaluate(
     """Score checkpoints on data they were not trained on, and compare them with the first one.
 
     `checkpoints` are folders or hub ids. `text` is scored by the task that the model is made for: next token
-    (nats per token, bits per byte), spans or masked tokens. `chats` gives the loss on what the
-    assistant says. `images` gives the top-1 accuracy or, with `few_shot`, that of a linear probe fitted on
-    `per_class` images of each class. `tasks` are tasks of
-    lm-evaluation-harness, with `num_fewshot` examples before each question and data from `task_files`;
-    `superglue` is a folder of that benchmark. `length` and `stride` of a window are in tokens. `limit` is the
-    largest number of rows (0: all), and `batch_size` 0 chooses one automatically. `drop` has names and
-    patterns of tensors to leave out of the dense checkpoints that have them. Nothing is written; see
-    `Evaluation.record`. Raises `UpcycleError`, before the first model is loaded, for what cannot be scored.
+    (nats per token, bits per byte), spans or masked tokens. `chats` gives the loss on what the assistant
+    says. `images` gives the top-1 accuracy or, with `few_shot`, that of a linear probe fitted on `per_class`
+    images of each class. `tasks` are tasks of lm-evaluation-harness, with `num_fewshot` examples before each
+    question and data from `task_files`; `superglue` is a folder of that benchmark. `length` and `stride` of a
+    window are in tokens. `field` is that of the text in JSON lines and parquet. `limit` is the largest number
+    of rows (0: all), and `batch_size` 0 chooses one automatically. `drop` has names and patterns of tensors
+    to leave out of the dense checkpoints that have them. Nothing is written; see `Evaluation.record`. Raises
+    `UpcycleError`, before the first model is loaded, for what cannot be scored.
     """
     asked = ToScore(
-        text=text, images=images, chats=chats, shots=few_shot, tasks=tuple(tasks), task_files=task_files,  # type: ignore[arg-type]
+        text=text, images=images, chats=chats, shots=few_shot,  # type: ignore[arg-type]
+        tasks=names(tasks, "tasks"), task_files=task_files,  # type: ignore[arg-type]
         num_fewshot=num_fewshot, superglue=superglue, per_class=per_class, length=length, stride=stride,  # type: ignore[arg-type]
-        separator=separator, batch_size=batch_size, limit=limit, cache=cache, drop=tuple(drop),  # type: ignore[arg-type]
+        separator=separator, field=field, batch_size=batch_size, limit=limit, cache=cache,  # type: ignore[arg-type]
+        drop=names(drop, "drop"),
     )  # fmt: skip
     several = [checkpoints] if isinstance(checkpoints, (str, Path)) else [*checkpoints]
     if not several:

@@ -6,17 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from upcycle import tasks
 from upcycle.blueprints.blueprint import Blueprint
 from upcycle.blueprints.making import blueprint
 from upcycle.checkpoints.hub import peek
 from upcycle.dense.admission import admit
-from upcycle.errors import UpcycleError
+from upcycle.dense.subject import Subject
+from upcycle.errors import UpcycleError, shown
 from upcycle.forecast import outlook
 from upcycle.forecast.outlook import Outlook
 from upcycle.forecast.setting import Precision, Recompute, Setting
 from upcycle.recipe import RecipeLike
 from upcycle.sharding.layout import Layout
 from upcycle.system import gpus
+from upcycle.tasks._tokens import refuse_beyond_positions
 from upcycle.training.course import Course, Leg
 
 if TYPE_CHECKING:
@@ -47,6 +50,8 @@ def foretell(
     for name, value in (("world", world), ("rows", rows), ("context", context)):
         if value is not None and (type(value) is not int or value < 1):
             raise UpcycleError(f"{name} = {value}; it must be a whole number of 1 or more")
+    if recompute not in (allowed := (True, False, "selective")):
+        raise UpcycleError(f"recompute = {shown(recompute)}; allowed: {', '.join(map(str, allowed))}")
     built = blueprint(source, recipe, opener=peek)
     fsdp = world // max(1, replicate * tp)
     layout = Layout(replicate=replicate, fsdp=fsdp, tp=tp, ep=ep)
@@ -83,7 +88,7 @@ def foretell_run(run: Run, *, world: int, gpu: str = "H100") -> Outlook:
     setting = Setting(
         built=built,
         layout=layout,
-        lengths=_lengths(built, train.sequence_length),
+        lengths=_lengths_of(run, built),
         rows=rows,
         passes=-(-share // rows),
         precision=precision,
@@ -116,10 +121,26 @@ def _refuse(layout: Layout, built: Blueprint, world: int) -> None:
     layout.refuse(world, experts=built.expert_counts, heads=heads, prefix="parallel.")
 
 
+def _lengths_of(run: Run, built: Blueprint) -> dict[str, int]:
+    """Return the tokens of a row in each stack of blocks, as the run's task cuts them.
+
+    Raises `UpcycleError` if they are more than the model has positions.
+    """
+    length, subject = run.train.sequence_length, Subject.of_dense(built.dense)
+    task = tasks.fitting(run.task, subject.architecture)
+    if (long := task.beyond_positions(length, subject)) is not None:
+        raise UpcycleError(long)
+    return task.lengths(length, subject)
+
+
 def _lengths(built: Blueprint, context: int | None) -> dict[str, int]:
-    """Return the tokens of a row in each stack of blocks."""
+    """Return the tokens of a row in each stack of blocks.
+
+    Raises `UpcycleError` if they are more than the model has positions.
+    """
     dense = built.dense
     if "image_size" in dense.config:
         return dict(dense.family.lengths(dense.config))
     length = context or min(CONTEXT, dense.family.length(dense.config))
+    refuse_beyond_positions(length, Subject.of_dense(dense), setting="context")
     return dense.family.row(dense.config, length)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle import inspection
+from upcycle.api._names import names, refuse_unnamed
+from upcycle.errors import UpcycleError
 from upcycle.system.progress import Progress, reporting_to
 
 if TYPE_CHECKING:
@@ -135,6 +138,7 @@ def inspect(
     images: Mapping[str, str | Path] | None = None,
     limit: int = 256,
     length: int | None = None,
+    field: str = "text",
     batch_size: int = 16,
     seed: int = 0,
     cache: str | Path | None = None,
@@ -146,17 +150,33 @@ def inspect(
     Experts are compared with each other and with the dense network. `source` is the dense checkpoint they
     were made from (None: the one in the provenance). `text` and `images` give one set of rows per domain, by
     name. The model is then run on at most `limit` rows of each (0: all) of `length` tokens, and its routing
-    is recorded. `drop` has names and patterns of tensors of the dense checkpoint to leave out, besides those
-    in the provenance. Raises `UpcycleError` for a file that it cannot read.
+    is recorded. `field` is that of the text in JSON lines and parquet. `drop` has names and patterns of
+    tensors of the dense checkpoint to leave out, besides those in the provenance. Raises `UpcycleError` for a
+    file that it cannot read.
     """
-    table, seen = inspection.inspect(checkpoint, source, tuple(drop)), None
+    refuse_unnamed(text, "text")
+    refuse_unnamed(images, "images")
+    if not (text or images):
+        _refuse_idle(limit=limit, length=length, field=field, batch_size=batch_size, seed=seed, cache=cache)
+    table, seen = inspection.inspect(checkpoint, source, names(drop, "drop")), None
     if text or images:
         from upcycle.evaluation.specialisation import ToWatch, specialisation
 
         asked = ToWatch(
-            text=text, images=images, limit=limit, length=length, batch_size=batch_size, seed=seed,  # type: ignore[arg-type]
-            cache=cache,  # type: ignore[arg-type]
+            text=text, images=images, limit=limit, length=length, field=field,  # type: ignore[arg-type]
+            batch_size=batch_size, seed=seed, cache=cache,  # type: ignore[arg-type]
         )  # fmt: skip
         with reporting_to(progress):
             seen = specialisation(table["checkpoint"], asked)
     return Inspection(name=str(checkpoint), table=table, routing=seen)
+
+
+def _refuse_idle(**given: object) -> None:
+    """Refuse settings of the routing if no rows are given to watch the routers on."""
+    usual = signature(inspect).parameters
+    for name, value in given.items():
+        if value != usual[name].default:
+            raise UpcycleError(
+                f"--{name.replace('_', '-')} {value} is for rows to watch the routers on, and there are "
+                f"none; give --text [NAME=]PATH or --images [NAME=]PATH, or leave it out"
+            )

@@ -12,6 +12,7 @@ from upcycle.checkpoints import hub
 from upcycle.dense.admission import admit
 from upcycle.errors import UpcycleError
 from upcycle.system.progress import Progress, reporting_to
+from upcycle.training.begun_in import refuse_elsewhere
 from upcycle.training.course import Course
 from upcycle.training.run import Run
 
@@ -30,6 +31,8 @@ def train(
     `UpcycleError` for settings or data that cannot be used.
     """
     asked = Run.of(run)
+    if resume:
+        refuse_elsewhere(asked)
     refuse_what_cannot_begin(asked)  # before torch is imported, which takes seconds
     from upcycle.evaluation.exam import HarnessExaminer
     from upcycle.training import loop

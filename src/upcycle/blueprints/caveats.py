@@ -46,6 +46,47 @@ def warnings(built: Blueprint) -> list[str]:
     return [*dict.fromkeys(out)]
 
 
+def of_weights(built: Blueprint) -> list[str]:
+    """Return those of the warnings that are about weights, which a run from scratch draws anew."""
+    out = []
+    for part in (built, built.tower):
+        if part is not None:
+            new = _first_new(part)
+            out += [*_of_experts(part), *(_of_zeros(part, new) if new else ()), *_of_rows(part)]
+    return out
+
+
+def _of_experts(built: Blueprint) -> list[str]:
+    """Return the warnings about what experts are made of."""
+    new = _first_new(built)
+    if new is None:
+        return _adapters(built)
+    return [*built.recipe.init.warnings(new), *_adapters(built), *built.remarks, *_lost_changes(built)]
+
+
+def _of_zeros(built: Blueprint, site: Site) -> list[str]:
+    """Return the warning about a router that tells no expert from another."""
+    row = built.dense.lengths[site.stack]
+    taken = built.recipe.router.experts_per_token(site.num_experts, site.top_k, row)
+    if not site.uniform_router or taken >= site.num_experts:
+        return []
+    return [
+        "an all-zero router gives every expert the same score, and ties send every token to the same "
+        "experts; use another router.init, or a small router.std"
+    ]
+
+
+def _of_rows(built: Blueprint) -> list[str]:
+    """Return the warnings about the rows of routers."""
+    rows = {place_of(site.stack, site.layer): rows for site, rows in built.router_rows.items()}
+    return router_rows.warnings(rows)
+
+
+def _first_new(built: Blueprint) -> Site | None:
+    """Return the first layer that gets experts; None if all have some already."""
+    return next((site for site in built.sites if site.growth is None), None)
+
+
 def _counted(built: Blueprint) -> list[str]:
     """Say which part of a multimodal model FLOPs are counted in."""
     if not isinstance(built.dense.place, Part) or isinstance(built.dense.place, Alone):
@@ -60,8 +101,8 @@ def _of_part(built: Blueprint) -> list[str]:
     """Return the warnings about one model, or one part of a multimodal one."""
     if not built.sites:
         return [*built.target.warnings(built), *_adapters(built)]
-    new = next((site for site in built.sites if site.growth is None), None)
-    out = _of_new_layers(built, new) if new else _adapters(built)
+    new = _first_new(built)
+    out = _of_experts(built) + (_of_new_layers(built, new) if new else [])
     if odd := _misaligned(built):
         out.append(
             f"{odd}: transformers' default kernel for experts refuses that, so they run one after another, "
@@ -72,9 +113,7 @@ def _of_part(built: Blueprint) -> list[str]:
             "config.json says use_cache = false, as training scripts write it; the result says true, because "
             "generation would compute every token anew"
         )
-    out += router_rows.warnings(
-        {place_of(site.stack, site.layer): rows for site, rows in built.router_rows.items()}
-    )
+    out += _of_rows(built)
     out += _past_a_switch(built)
     out += _odd_widths(built)
     out += built.target.warnings(built)
@@ -82,9 +121,9 @@ def _of_part(built: Blueprint) -> list[str]:
 
 
 def _of_new_layers(built: Blueprint, site: Site) -> list[str]:
-    """Return the warnings about layers that get experts, and about adapters; `site` is the first of them."""
+    """Return the warnings about layers that get experts; `site` is the first of them."""
     moe, router = built.recipe.moe, built.recipe.router
-    out = [*built.recipe.init.warnings(site), *_adapters(built), *built.remarks, *_lost_changes(built)]
+    out = []
     if moe.pooling == "mean":
         out.append(
             "the head sees the mean of the patches and not the class token it was trained on: the function "
@@ -95,13 +134,7 @@ def _of_new_layers(built: Blueprint, site: Site) -> list[str]:
             "top-1 with renormalised weights is always exactly 1: the router gets no gradient from the "
             "task; use top_k = 2 or more, or router.normalize = false where the target allows it"
         )
-    row = built.dense.lengths[site.stack]
-    meets_all = router.experts_per_token(site.num_experts, site.top_k, row) >= site.num_experts
-    if site.uniform_router and not meets_all:
-        out.append(
-            "an all-zero router gives every expert the same score, and ties send every token to the same "
-            "experts; use another router.init, or a small router.std"
-        )
+    out += _of_zeros(built, site)
     out += [note for part in built.parts.values() if (note := _not_renormalised(part)) is not None]
     if any(getattr(part.router, "capacity_factor", None) for part in _causal(built)):
         out.append(

@@ -16,6 +16,7 @@ from upcycle.checkpoints.carried import has_tokenizer
 from upcycle.checkpoints.checkpoint import CHUNK, Checkpoint
 from upcycle.checkpoints.hub import peek
 from upcycle.dense.source import Dense
+from upcycle.errors import UpcycleError, shown
 from upcycle.families._weights import Weight, products
 from upcycle.recipe import RecipeLike
 
@@ -102,7 +103,8 @@ def plan(
 
 
 def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD) -> Plan:
-    """Return the plan of a blueprint."""
+    """Return the plan of a blueprint. Raises `UpcycleError` if nothing could write it."""
+    refuse_no_jobs(jobs)
     dense = built.dense if built.sites else built.dense.whole
     idle = idle_weights(built)
     total = sum(e.lazy.size for e in built.entries.values())
@@ -268,6 +270,12 @@ def flops_per_row(
         if stack.across:
             total += stack.count * 4 * stack.attention * length * lengths[stack.across]
     return total
+
+
+def refuse_no_jobs(jobs: int) -> None:
+    """Raise `UpcycleError` for a number of threads that writes nothing."""
+    if type(jobs) is not int or jobs < 1:
+        raise UpcycleError(f"jobs = {shown(jobs)}; it must be a whole number of 1 or more")
 
 
 def peak_memory(built: Blueprint, jobs: int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from upcycle.checkpoints import tensor_file
 from upcycle.checkpoints.checkpoint import WEIGHTS
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, shown
 from upcycle.system.wording import number_in
 from upcycle.tensors.entries import Entry
 
@@ -49,7 +49,12 @@ class Shards:
 
 
 def lay_out(entries: Mapping[str, Entry], shard_size: int = DEFAULT_SHARD) -> Shards:
-    """Fill shards of at most `shard_size` bytes with tensors in order; a larger tensor gets its own shard."""
+    """Fill shards of at most `shard_size` bytes with tensors in order; a larger tensor gets its own shard.
+
+    Raises `UpcycleError` for a size that is no number of bytes.
+    """
+    if type(shard_size) is not int or shard_size < 1:
+        raise UpcycleError(f"shard_size = {shown(shard_size)}; it must be a whole number of bytes, 1 or more")
     groups: list[dict[str, Entry]] = [{}]
     filled = 0
     for name, entry in entries.items():

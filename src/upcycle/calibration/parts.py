@@ -47,7 +47,9 @@ def parts(dense: Dense, asked: ToCalibrate, cache: Path) -> list[Part]:
 
 def _of_text(path: Path, subject: Subject, asked: ToCalibrate, cache: Path) -> Rows:
     gradient = "gradient" in asked.collect
-    return of_text(path, subject, cache, gradient=gradient, seed=asked.seed, length=asked.length)
+    return of_text(
+        path, subject, cache, gradient=gradient, seed=asked.seed, length=asked.length, field=asked.field
+    )
 
 
 def _of_domain(

@@ -10,6 +10,7 @@ import numpy as np
 
 from upcycle.calibration import domains
 from upcycle.calibration.domains import Domain
+from upcycle.data.documents import Source
 from upcycle.errors import UpcycleError
 from upcycle.records.statistics import NAMES, OF_DOMAINS, OF_PROMPTS, ONLY_AT, POSITIONS, refuse_unknown
 from upcycle.system.paths import as_paths
@@ -37,6 +38,7 @@ class ToCalibrate:
     positions: tuple[str, ...] = tuple(POSITIONS)
     limit: int | None = None
     length: int | None = None  # tokens per row of text; None: 512, or fewer if the model takes fewer
+    field: str = Source.field  # the text field of JSON lines, parquet and datasets
     batch_size: int = 32
     threshold: float = 0.0  # a number above it counts as active
     sample: int = SAMPLE  # tokens in the sample
@@ -76,6 +78,8 @@ class ToCalibrate:
             raise UpcycleError(f"--limit {self.limit}; it must be 0 (all) or more")
         if self.length is not None and (self.length < 1 or self.images is not None):
             raise UpcycleError(f"--length {self.length}; it must be 1 or more tokens, and goes with --text")
+        if self.field != Source.field and self.text is None and not any(d.text for d in self.domains):
+            raise UpcycleError(f"--field {self.field} is that of a text, and none is given; leave it out")
         if not math.isfinite(self.threshold):
             raise UpcycleError(f"--threshold {self.threshold}; it must be a number")
 

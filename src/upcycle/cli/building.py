@@ -150,8 +150,8 @@ def advise(
     """Compare dense continuation, upcycling and training from scratch. It reads headers only.
 
     Args:
-        tokens: tokens to train on now, such as 100B; a row counts as the tokens of all its
-            stacks (an encoder's and a decoder's), an image as the places of all stages, as in train.tokens
+        tokens: tokens to train on now, such as 100B; a row counts as the tokens of all its stacks (an
+            encoder's and a decoder's), an image as the places of all stages, as in a run's metrics.jsonl
         dense_tokens: tokens that SOURCE was trained on; without it much cannot be said
         gpus: number of GPUs (the smallest possible number, if absent)
         gpu: kind of GPU: H100, H200, H800, A100 or A800

@@ -23,9 +23,10 @@ from upcycle.training.stages import Stage, StageTrain
 
 TITLE = "Keys of recipes and run files"
 ABOUT = """
-A recipe (`--recipe FILE.toml`) has `seed`, `dtype`, `[moe]`, `[init]`, `[router]`, `[successor]` and the
-tables of stacks; a run file (`upcycle train`) has those and the rest. `--set KEY=VALUE` goes over a file.
-`base = FILE`, at the top of a file, lays it over another one; `moe = false` takes that one's experts away.
+A recipe (`--recipe FILE.toml`) has `seed`, `dtype`, `drop`, `[moe]`, `[init]`, `[router]`, `[successor]`,
+`[grow]` and the tables of stacks; a run file (`upcycle train`) has those and the rest. `--set KEY=VALUE`
+goes over a file. `base = FILE`, at the top of a file, lays it over another one; `moe = false` takes that
+one's experts away.
 `[decoder.moe]` and `[decoder.router]` of an encoder-decoder, and `[stage_1.moe]` to `[stage_4.router]` of a
 ConvNeXt, hold what that stack of blocks has otherwise. Capacity for all tokens, of a router that has a
 capacity, is `capacity_factor = num_experts`. A `[[stage]]` of a run has `[stage.train]` and, with the keys

@@ -27,6 +27,7 @@ def _plain(metavar: str | None = None, help: str | None = None) -> Any:
 Flag = Annotated[bool, _plain()]
 File = Annotated[Path | None, _plain("PATH")]
 Text = Annotated[str | None, _plain("TEXT")]
+Field = Annotated[str, arg(metavar="NAME")]
 Whole = Annotated[int | None, _plain("N")]
 Number = Annotated[float | None, _plain("X")]
 Count = Annotated[int, arg(metavar="N")]

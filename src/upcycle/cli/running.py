@@ -13,6 +13,7 @@ from upcycle.cli.options import (
     Count,
     Domains,
     Drop,
+    Field,
     File,
     Flag,
     Names,
@@ -51,6 +52,7 @@ class CalibrationOptions:
         limit: largest number of images or rows, of each domain; 0: all (30000 images, 2048 rows of
             text, if absent)
         length: tokens of a row of text (512, or as many as the model takes, if absent)
+        field: the text in JSON lines and parquet
         batch_size: images or rows of a forward pass
         threshold: a number above it counts as active
         sample: tokens in the sample of each layer
@@ -70,6 +72,7 @@ class CalibrationOptions:
     positions: str = "neurons,channels,heads"
     limit: Whole = None
     length: Whole = None
+    field: Field = "text"
     batch_size: Count = 32
     threshold: float = 0.0
     sample: Count = 2_048

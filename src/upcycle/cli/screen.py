@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from typing import Any
 
@@ -32,28 +31,19 @@ out = Screen(highlight=False, markup=False, emoji=False, soft_wrap=True, width=N
 err = Screen(stderr=True, highlight=False, markup=False, emoji=False)
 
 
-def quoted(*words: object) -> str:
-    """Quote the words of a command for the shell."""
-    return " ".join(map(_quoted, map(str, words)))
-
-
-def _quoted(word: str) -> str:
-    if not word.isprintable():
-        text = word.replace("\\", "\\\\").replace("'", "\\'")
-        return f"$'{printable(text)}'"
-    return shlex.quote(f"./{word}" if word.startswith("-") else word)
-
-
 def show_json(value: object) -> None:
     """Print JSON to standard output."""
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
 def grid(title: str, *columns: str) -> Table:
-    """Make a table with a title; every column but the first is right-aligned."""
+    """Make a table with a title; every column but the first is right-aligned.
+
+    A narrow terminal breaks a long word into lines, so that no number is cut.
+    """
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for place, column in enumerate(columns):
-        table.add_column(column, justify="left" if place == 0 else "right")
+        table.add_column(column, justify="left" if place == 0 else "right", overflow="fold")
     return table
 
 

@@ -14,6 +14,7 @@ from upcycle.cli.options import (
     Count,
     Domains,
     Drop,
+    Field,
     File,
     Flag,
     Names,
@@ -47,6 +48,7 @@ class ScoreOptions:
         length: tokens of a row or window of text (512, or as many as the model takes, if absent)
         stride: tokens of a window that are scored; the others are context (the length, if absent)
         separator: what stands between the documents of a text file; without it, a file is one document
+        field: the text in JSON lines and parquet
         batch_size: rows of a forward pass; 0: automatic
         limit: largest number of images, rows, windows or examples of a task; 0: all
         cache: folder for decoded images and token files
@@ -71,6 +73,7 @@ class ScoreOptions:
     length: Whole = None
     stride: Whole = None
     separator: Text = None
+    field: Field = "text"
     batch_size: Count = 0
     limit: Count = 0
     cache: File = None
@@ -130,6 +133,7 @@ def inspect(
     images: Domains = (),
     limit: Count = 256,
     length: Whole = None,
+    field: Field = "text",
     batch_size: Count = 16,
     seed: Count = 0,
     cache: File = None,
@@ -150,6 +154,7 @@ def inspect(
         images: a set of images to watch the routers on, and the name of its domain
         limit: largest number of rows or images of each domain; 0: all
         length: tokens of a row of text (512, or as many as the model takes, if absent)
+        field: the text in JSON lines and parquet
         batch_size: rows or images of a forward pass
         seed: seed of the choice of rows
         cache: folder for decoded images and token files
@@ -165,7 +170,7 @@ def inspect(
         plots.refuse(plot)
     found = upcycle.inspect(
         checkpoint, source, text=domains(text), images=domains(images), limit=limit, length=length,
-        batch_size=batch_size, seed=seed, cache=cache, drop=drop,
+        field=field, batch_size=batch_size, seed=seed, cache=cache, drop=drop,
     )  # fmt: skip
     show_json(found.as_dict()) if json else show_anatomy(found.as_dict())
     if plot is not None:

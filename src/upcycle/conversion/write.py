@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from upcycle.blueprints.blueprint import Blueprint
+from upcycle.blueprints.cost import refuse_no_jobs
 from upcycle.blueprints.making import blueprint
 from upcycle.blueprints.shards import DEFAULT_SHARD, Extent, Shards, lay_out
 from upcycle.checkpoints.carried import carried
@@ -75,8 +76,7 @@ def convert(
     out = Path(out)
     partial = _check_paths(built, out, resume)
     shards = lay_out(built.entries, shard_size)
-    if jobs < 1:
-        raise UpcycleError(f"jobs = {jobs}; it must be 1 or more")
+    refuse_no_jobs(jobs)
     if not _lacks_its_config(out):
         _check_space(partial, shards)
         carried(built.source.folder)  # refuses bad files now rather than when all is written

@@ -25,7 +25,8 @@ class Batches:
     """Rows from several token files, with a position that can be saved.
 
     The sources are read on from `readings`, which other batches may share; by default, from their first rows.
-    Raises `UpcycleError` for a source that is too short for one training row, or for a held-out one if asked.
+    Raises `UpcycleError` for a source that is too short for one training row, or for a held-out one if asked;
+    `setting` is what the user calls `length`.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Batches:
         held_out: float,
         seed: int,
         readings: Sequence[Reading] = (),
+        setting: str = "train.sequence_length",
     ) -> None:
         self._tokens, self._ids = tokens, [t.ids() for t in tokens]
         self._length, self._seed = length, seed
@@ -47,7 +49,7 @@ class Batches:
         for source, n, trained in zip(tokens, self._rows, self.trainable, strict=True):
             if n < 1:
                 raise UpcycleError(
-                    f"{source.name} has {source.count} tokens, fewer than a row of train.sequence_length + 1 "
+                    f"{source.name} has {source.count} tokens, fewer than a row of {setting} + 1 "
                     f"= {length + 1}; shorten the rows, or give more text"
                 )
             if not trained or (held_out and trained == n):
@@ -109,14 +111,10 @@ class Batches:
 
     def draw(self, rows: int, part: slice = slice(None)) -> Places:
         """Advance by `rows` rows and return the places of those in `part`."""
-        chosen: Places = []
-        for source in self._sources(rows):
-            reading = self._readings[source]
-            epoch, place = divmod(reading.consumed, self.trainable[source])
-            key = rng.key(self._seed, "rows", reading.number, epoch)
-            order = rng.permutation(key, self.trainable[source])
-            chosen.append((source, int(order[place])))
-            reading.consumed += 1
+        chosen: Places = [
+            (source, self._readings[source].next(self._seed, self.trainable[source]))
+            for source in self._sources(rows)
+        ]
         self._sample += rows
         return chosen[part]
 

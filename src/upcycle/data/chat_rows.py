@@ -61,12 +61,13 @@ class ChatRows:
         pack: bool,
         padding: int,
         isolate: bool = False,
+        setting: str = "train.sequence_length",
     ) -> ChatRows:
         """Lay chats out in rows of `length` tokens, in their order, each in the first row that has room.
 
         A longer chat is cut at the end if `cut` is set and an answer is before it, and left out otherwise.
         Without `pack`, each chat has a row to itself. With `isolate`, positions start anew at each chat.
-        Raises `UpcycleError` if no chat is left.
+        Raises `UpcycleError` if no chat is left; `setting` is what the user calls `length`.
         """
         laid = [(chat.ids[:length], chat.labels[:length]) for chat in chats if cut or len(chat) <= length]
         laid = [(ids, labels) for ids, labels in laid if (labels != IGNORED).any()]
@@ -74,8 +75,9 @@ class ChatRows:
             raise UpcycleError(f"{name} holds no chats; give a file that does")
         if not laid:
             raise UpcycleError(
-                f"{name} holds no chat that fits into train.sequence_length = {length} tokens (the shortest "
-                f"of {len(chats)} has {min(map(len, chats))}); lengthen the rows, or set task.too_long = cut"
+                f"{name} holds no chat that fits into {setting} = {length} tokens (the shortest of "
+                f"{len(chats)} has {min(map(len, chats))}); lengthen the rows, or in a run, set "
+                f"task.too_long = cut"
             )
         sizes = [len(ids) for ids, _ in laid]
         rows = first_fit(sizes, length) if pack else list(range(len(sizes)))

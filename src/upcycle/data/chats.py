@@ -11,7 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from upcycle.data.documents import Source, dataset_rows, files, is_dataset, json_lines, parquet_rows
+from upcycle.data.documents import (
+    PLAIN,
+    Source,
+    dataset_rows,
+    files,
+    is_dataset,
+    json_lines,
+    kind,
+    parquet_rows,
+    say_left_out,
+)
 from upcycle.errors import UpcycleError, listed, shown
 
 Message = dict[str, Any]
@@ -54,11 +64,12 @@ def read(path: str | Path, split: str = "train") -> Iterator[Chat]:
         for where, row in dataset_rows(source):
             yield chat_of(_without_none(row), where)
         return
+    say_left_out(source)
     for file in files(source):
-        if file.suffix == ".parquet":
+        if kind(file) == ".parquet":
             for number, row in enumerate(parquet_rows(file)):
                 yield chat_of(_without_none(row), f"{file}, row {number}")
-        elif file.name.endswith((".jsonl", ".jsonl.gz")):
+        elif kind(file) not in PLAIN:
             for where, row in json_lines(file):
                 yield chat_of(row, where)
         else:

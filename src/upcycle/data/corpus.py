@@ -18,7 +18,7 @@ from typing import IO, Annotated, Any, ClassVar
 import numpy as np
 
 from upcycle.checkpoints.checkpoint import file_hash
-from upcycle.data.documents import Source, documents, files
+from upcycle.data.documents import PLAIN, Source, documents, files, kind
 from upcycle.data.pieces import Piece, batches, encode, pieces
 from upcycle.data.stamps import is_as_it_was, stamps
 from upcycle.errors import UpcycleError
@@ -28,6 +28,7 @@ from upcycle.system.progress import Work
 
 FORMAT = 2
 _STARTS = np.dtype("<i8")
+_BLANK = "▁"  # as SentencePiece writes it
 _MOST_IDS = 1 << 24  # upper limit for a tokenizer's ids; no vocabulary comes near it
 
 
@@ -90,7 +91,7 @@ def prepare(data: Data, source_folder: Path, cache: Path, *, vocab_size: int) ->
     if len(words) > vocab_size:
         raise UpcycleError(
             f"the tokenizer has {len(words)} tokens and the embedding {vocab_size} rows, which do not "
-            f"belong together; set data.tokenizer to that of the model"
+            f"belong together; put that of the model into its folder, or in a run, set data.tokenizer to it"
         )
     made = []
     for source in data.sources:
@@ -118,8 +119,9 @@ def read_tokenizer(where: str | Path) -> Any:
         with panics.caught():
             found = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
             found("a")  # some damaged files only fail when they are first used
-        # Without files, some classes make a tokenizer of special tokens alone.
-        if found.get_vocab().keys() <= {*found.get_added_vocab(), *found.all_special_tokens}:
+        # Without files, some classes make a tokenizer of special tokens alone, or of these and a blank.
+        words = found.get_vocab().keys() - {*found.get_added_vocab(), *found.all_special_tokens}
+        if words <= {_BLANK}:
             raise ValueError("its vocabulary is empty")
         word, largest = max(found.get_vocab().items(), key=lambda item: item[1])
         if largest >= _MOST_IDS:  # the tokenizers library allocates a list of that length
@@ -127,7 +129,8 @@ def read_tokenizer(where: str | Path) -> Any:
     except Exception as error:  # tokenizers raises plain Exception for an unreadable file
         reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(": ")
         raise UpcycleError(
-            f"{where} has no tokenizer that can be read ({reason}); put its files there or set data.tokenizer"
+            f"{where} has no tokenizer that can be read ({reason}); put its files there, or in a "
+            f"run, set data.tokenizer"
         ) from None
     found.model_max_length = 1 << 60  # rows are packed, so that no document is too long
     return found
@@ -228,9 +231,7 @@ def _make(source: Source, data: Data, tokenizer: Any, path: Path, vocab_size: in
         with _tokenising(source) as work:
             written = _write(source, data, tokenizer, file, vocab_size, work)
         if not written.count:
-            raise UpcycleError(
-                f"{source.path} holds no text; give one that does, or take it out of data.sources"
-            )
+            raise UpcycleError(f"{source.path} holds no text; give one that does, or leave it out")
         text = {str(p): [before[str(p)], file_hash(p)] for p in read}
         if stamps(read) != before:
             raise UpcycleError(f"{source.path} changed while it was read; begin again")
@@ -279,13 +280,13 @@ def _refuse(largest: int, vocab_size: int, source: Source) -> None:
     if largest >= vocab_size:
         raise UpcycleError(
             f"the tokenizer gives id {largest} in {source.path} and the embedding has {vocab_size} rows; "
-            f"set data.tokenizer to that of the model"
+            f"put the tokenizer of the model into its folder, or in a run, set data.tokenizer to it"
         )
 
 
 def _tokenising(source: Source) -> AbstractContextManager[Work]:
     found = files(source)
     # Other files are compressed, so their size is not that of their text.
-    plain = bool(found) and all(p.suffix in (".txt", ".text", ".jsonl") for p in found)
+    plain = bool(found) and all(kind(p) in (*PLAIN, ".jsonl") for p in found)
     total = sum(p.stat().st_size for p in found) if plain else None
     return progress.work(f"tokenising {Path(source.path).name}", "bytes", total=total)

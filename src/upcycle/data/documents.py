@@ -6,12 +6,15 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from upcycle.errors import UpcycleError, listed
+from upcycle.data.folders import files_below
+from upcycle.errors import UpcycleError, listed, shown
 from upcycle.settings import Above, Settings, Verbatim
+from upcycle.system import progress
 
 _PIECE = 1 << 20  # characters to read from a text file at once
 _LINE = 1 << 28  # maximum length of a line of JSON, in characters
@@ -34,6 +37,10 @@ class Source(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.path:
+            raise UpcycleError(
+                'data.sources path = "" names no data; give a file, a folder, or hf:owner/name'
+            )
         if self.separator == "":
             raise UpcycleError(
                 f'data.sources separator = "" of {self.path}; leave it out for one document a file'
@@ -41,14 +48,17 @@ class Source(Settings):
 
 
 def files(source: Source) -> list[Path]:
-    """Return the files of a source in order; empty for a dataset that has no local files."""
+    """Return the files of a source in order; empty for a dataset that has no local files.
+
+    Of a folder, these are the files of a known ending in it and below it, hidden ones among them.
+    """
     if hub_name(source) is not None:
         return []
     path = Path(source.path)
     if path.is_dir():
         if _saved_dataset(path):
-            return sorted(p for p in path.rglob("*") if p.is_file())
-        found = sorted(p for p in path.rglob("*") if p.is_file() and kind(p) is not None)
+            return files_below(path)
+        found = [p for p in files_below(path) if kind(p) is not None]
         if not found:
             raise UpcycleError(f"{path} holds no {', '.join(_READERS)} files")
         return found
@@ -62,13 +72,46 @@ def files(source: Source) -> list[Path]:
 
 
 def documents(source: Source) -> Iterator[tuple[str, bool]]:
-    """Yield pieces of text, and whether each begins a document. Long documents come in several pieces."""
+    """Yield pieces of text, and whether each begins a document. Long documents come in several pieces.
+
+    Warns at the end if the separator of the source is in none of its text files.
+    """
     if is_dataset(source):
         for where, row in dataset_rows(source):
             yield _field(row, source, where), True
         return
+    say_left_out(source)
+    most = 0  # documents of a text file
     for path in files(source):
-        yield from _READERS[str(kind(path))](path, source)
+        count = 0
+        for text, begins in _READERS[str(kind(path))](path, source):
+            yield text, begins
+            count += begins
+        most = max(most, count if kind(path) in PLAIN else 0)
+    if source.separator is not None and most == 1:
+        progress.warn(_without_separator(source.path, source.separator))
+
+
+def say_left_out(source: Source) -> None:
+    """Say how many files of a folder are not read, because of their endings; hidden ones do not count."""
+    path = Path(source.path)
+    if not path.is_dir() or is_dataset(source):
+        return
+    below = [each.relative_to(path) for each in files_below(path)]
+    left = [each for each in below if kind(each) is None and not any(p[0] == "." for p in each.parts)]
+    if left:
+        endings = sorted({each.suffix or "none" for each in left})
+        progress.say(
+            f"{path}: {len(left)} files are not read, because of their endings ({listed(endings)}); those "
+            f"with {', '.join(_READERS)} are"
+        )
+
+
+def _without_separator(path: str, separator: str) -> str:
+    ends = (
+        "; line ends in it may be \\r\\n and not \\n" if "\n" in separator and "\r" not in separator else ""
+    )
+    return f"{path} has no separator {shown(separator)} in it, so each text file is one document{ends}"
 
 
 def saved_splits(path: Path) -> list[str] | None:
@@ -106,8 +149,8 @@ def _saved_dataset(path: Path) -> bool:
 
 
 def kind(path: Path) -> str | None:
-    """Return the ending that says how a file is read; None for a file of no known kind."""
-    return next((ending for ending in _READERS if path.name.endswith(ending)), None)
+    """Return the ending that says how a file is read, in small letters; None for a file of no known kind."""
+    return next((ending for ending in _READERS if path.name.lower().endswith(ending)), None)
 
 
 def _text(path: Path, source: Source) -> Iterator[tuple[str, bool]]:
@@ -145,7 +188,7 @@ def _json_lines(path: Path, source: Source) -> Iterator[tuple[str, bool]]:
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the place of each object in a file of JSON lines, for messages, and the object."""
-    opened = gzip.open if path.name.endswith(".gz") else open
+    opened = gzip.open if path.name.lower().endswith(".gz") else open
     with opened(path, "rt", encoding="utf-8-sig") as file:
         try:
             for number, line in enumerate(iter(lambda: file.readline(_LINE), ""), start=1):
@@ -198,6 +241,17 @@ def _parquet(path: Path, source: Source) -> Iterator[tuple[str, bool]]:
 
 def parquet_rows(path: Path, column: str | None = None) -> Iterator[dict[str, Any]]:
     """Yield the rows of a parquet file, of one column or of all, with few rows in memory at a time."""
+    with opened_parquet(path) as file:
+        if column is not None and column not in file.schema_arrow.names:
+            names = listed(file.schema_arrow.names)
+            raise UpcycleError(f"{path} has no column {column!r}; it has {names}: set `field`")
+        for batch in file.iter_batches(_ROWS, columns=None if column is None else [column]):
+            yield from batch.to_pylist()
+
+
+@contextmanager
+def opened_parquet(path: Path) -> Iterator[Any]:
+    """Open a parquet file with pyarrow. Raises `UpcycleError` for what goes wrong while it is open."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -205,11 +259,7 @@ def parquet_rows(path: Path, column: str | None = None) -> Iterator[dict[str, An
         raise UpcycleError(f"{path}: parquet needs pyarrow: pip install 'upcycle[data]'") from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if column is not None and column not in file.schema_arrow.names:
-                names = listed(file.schema_arrow.names)
-                raise UpcycleError(f"{path} has no column {column!r}; it has {names}: set `field`")
-            for batch in file.iter_batches(_ROWS, columns=None if column is None else [column]):
-                yield from batch.to_pylist()
+            yield file
     except (MemoryError, pyarrow.ArrowMemoryError):
         raise UpcycleError(
             f"{path} has rows that do not fit into memory, {_ROWS} at a time; cut its texts into shorter ones"

@@ -160,7 +160,8 @@ def refuse_other_classes(train: Labelled, held_out: Labelled) -> None:
         differs = sorted(here ^ there)
         what = f"only one of them has {listed(differs)}" if differs else "their order differs"
         raise UpcycleError(
-            f"{train.name} and {held_out.name} name other classes: {what}; give two parts of one data set"
+            f"{train.name} and {held_out.name} name other classes: {what}; give two parts of one data "
+            f"set, or in a run, set task.classes to the names of all classes"
         )
     if held_out.num_labels > train.num_labels:
         raise UpcycleError(

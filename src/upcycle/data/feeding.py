@@ -22,14 +22,22 @@ class Feeding:
     seed: int  # seed of the order of the rows and of the draws for each row
     cache: Path  # folder of prepared files: tokens, decoded images
     readings: tuple[Reading, ...] = ()  # where the sources are read on; empty: from their first rows
+    setting: str = "train.sequence_length"  # what the user calls `length`, for messages
 
     @classmethod
     def of_file(
-        cls, path: Path, *, length: int, cache: Path, seed: int = 0, separator: str | None = None
+        cls,
+        path: Path,
+        *,
+        length: int,
+        cache: Path,
+        seed: int = 0,
+        separator: str | None = None,
+        field: str = Source.field,
     ) -> Feeding:
-        """Return a feeding with all rows of one file or folder; nothing is held out."""
-        data = Data(sources=(Source(path=str(path), separator=separator),))
-        return cls(data=data, length=length, seed=seed, cache=cache)
+        """Return a feeding with all rows of one file or folder, outside of a run; nothing is held out."""
+        data = Data(sources=(Source(path=str(path), separator=separator, field=field),))
+        return cls(data=data, length=length, seed=seed, cache=cache, setting="length")
 
 
 class Feed(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from upcycle.data.class_labels import names_in
+from upcycle.data.folders import files_below
 from upcycle.errors import UpcycleError, listed
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -38,8 +39,8 @@ class ImageFolder:
         return [
             (path, label)
             for label, name in enumerate(self.class_names)
-            for path in sorted((self.root / name).rglob("*"))
-            if path.suffix.lower() in ENDINGS and path.is_file()
+            for path in files_below(self.root / name)
+            if path.suffix.lower() in ENDINGS
         ]
 
     @property
@@ -79,7 +80,7 @@ class ImageParquet:
         for path in self.files:
             with _rows(path) as file:
                 self._check(path, file.schema_arrow)
-                if names := _class_names(file.schema_arrow.metadata or {}, self.label):
+                if names := names_in(file.schema_arrow, self.label):
                     found[names] = path
         if len(found) > 1:
             first, second = list(found.values())[:2]
@@ -114,7 +115,8 @@ class ImageParquet:
             most = f" less than {allowed}, the number of its class names" if self.class_names else ""
             raise UpcycleError(
                 f"{path}, row {wrong[0]} has the label {column[int(wrong[0])].as_py()!r} in {self.label!r}; "
-                f"a label is a whole number of 0 or more{most}: take the row out, or set label_field"
+                f"a label is a whole number of 0 or more{most}: take the row out, or in a "
+                f"run, set label_field"
             )
         return values
 
@@ -123,7 +125,8 @@ class ImageParquet:
         for key, name in (("image_field", self.image), ("label_field", self.label)):
             if name not in schema.names:
                 raise UpcycleError(
-                    f"{path} has no column {name!r}; it has {listed(schema.names, 8)}: set {key}"
+                    f"{path} has no column {name!r}; it has {listed(schema.names, 8)}: give one the "
+                    f"name, or in a run, set {key}"
                 )
         kind = schema.field(self.image).type
         if types.is_struct(kind) and "bytes" in {kind.field(i).name for i in range(kind.num_fields)}:
@@ -131,7 +134,7 @@ class ImageParquet:
         if not (types.is_binary(kind) or types.is_large_binary(kind)):
             raise UpcycleError(
                 f"{path}: column {self.image!r} is of type {kind}; images are encoded files, as binary or "
-                f"struct<bytes, path>: set image_field"
+                f"struct<bytes, path>; in a run, set image_field"
             )
 
     def where(self, number: int) -> str:
@@ -155,10 +158,10 @@ ImageFiles = ImageFolder | ImageParquet
 
 def images_at(path: Path, image_field: str, label_field: str) -> ImageFiles:
     """Return the images at `path`. Raises `UpcycleError` if there are none."""
-    if path.is_file() and path.suffix == ".parquet":
+    if path.is_file() and path.suffix.lower() == ".parquet":
         source: ImageFiles = ImageParquet([path], image_field, label_field)
     elif path.is_dir():
-        rows = sorted(p for p in path.rglob("*.parquet") if p.is_file())
+        rows = [p for p in files_below(path) if p.suffix.lower() == ".parquet"]
         source = ImageParquet(rows, image_field, label_field) if rows else ImageFolder(path)
         _one_split(path, rows or [path / name for name in source.class_names])
     else:
@@ -203,15 +206,6 @@ def _rows(path: Path) -> Iterator[Any]:
             yield file
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UpcycleError(f"{path} is no whole parquet file: {str(error).splitlines()[0]}") from None
-
-
-def _class_names(metadata: dict[bytes, bytes], label: str) -> tuple[str, ...]:
-    """Return the names that `datasets` stores in a schema for a ClassLabel; empty if there are none."""
-    try:
-        feature = json.loads(metadata[b"huggingface"])["info"]["features"][label]
-        return tuple(map(str, feature["names"])) if feature["_type"] == "ClassLabel" else ()
-    except (KeyError, TypeError, ValueError):
-        return ()
 
 
 def read_bytes(path: Path) -> bytes:

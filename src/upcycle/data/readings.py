@@ -1,12 +1,18 @@
-"""How far a run has read each source: feeds that share a source share this, and go on from each other."""
+"""How far a run has read each source: feeds that share a source share this, and go on from each other.
+
+A reading keeps the order of its rows until the next epoch, because to sort many of them takes long.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from upcycle.data.corpus import Data
+from upcycle.tensors import rng
 
 
 @dataclass(kw_only=True)
@@ -15,6 +21,19 @@ class Reading:
 
     number: int = 0  # of the source in the run, for the key of the order of its rows
     consumed: int = 0  # rows read so far, in all epochs
+    _key: rng.Key | None = field(default=None, init=False, repr=False, compare=False)  # of the order
+    _order: np.ndarray = field(
+        default_factory=lambda: np.empty(0, np.int64), init=False, repr=False, compare=False
+    )
+
+    def next(self, seed: int, rows: int) -> int:
+        """Return the number of the next row of a source that has `rows`, and go on."""
+        epoch, place = divmod(self.consumed, rows)
+        key = rng.key(seed, "rows", self.number, epoch)
+        if key != self._key or len(self._order) != rows:
+            self._key, self._order = key, rng.permutation(key, rows)
+        self.consumed += 1
+        return int(self._order[place])
 
 
 class Readings:

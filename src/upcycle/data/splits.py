@@ -1,4 +1,4 @@
-"""The splits of a set: which one is scored, which are read together, and what two sources share."""
+"""The splits of a set: which one is scored, and which are read together."""
 
 from __future__ import annotations
 
@@ -39,22 +39,25 @@ def to_score(path: str | Path, split: str | None = None) -> Source:
     return replace(source, path=str(Path(path) / chosen), split=chosen)
 
 
-def unread(source: Source) -> str | None:
-    """Return a sentence about a key of a source that is set and does nothing there; None if all are read."""
+def unread(source: Source, key: str = "data.sources {}") -> str | None:
+    """Return a sentence about a key of a source that is set and does nothing there; None if all are read.
+
+    `key` is how the user writes a key, with `{}` for its name.
+    """
     path = source.path
     kinds = set() if is_dataset(source) else {kind(each) for each in files(source)}
     if (why := mixed(source)) is not None:
         return why
     if source.split != Source.split and not (hub_name(source) or saved_splits(Path(path))):
-        return f"data.sources split = {source.split}, and {path} is no dataset with splits; take split out"
+        return f"{key.format('split')} = {source.split}, and {path} is no dataset with splits; take split out"
     if source.separator is not None and kinds.isdisjoint(PLAIN):
         return (
-            f"data.sources separator = {shown(source.separator)} is for text files, and {path} has none, so "
-            f"each row is a document; take separator out"
+            f"{key.format('separator')} = {shown(source.separator)} is for text files, and {path} has none, "
+            f"so each row is a document; take separator out"
         )
     if source.field != Source.field and kinds and kinds <= PLAIN:
         return (
-            f"data.sources field = {source.field} is for JSON lines, parquet and datasets, and {path} is "
+            f"{key.format('field')} = {source.field} is for JSON lines, parquet and datasets, and {path} is "
             f"text alone; take field out"
         )
     return None
@@ -80,7 +83,7 @@ def _split_of(path: Path) -> str | None:
     Hugging Face datasets are cloned as `train.jsonl`, `train-00000-of-00001.parquet` or `train/ANY.parquet`.
     """
     shard = _SHARD.fullmatch(path.name)
-    name = shard["split"] if shard else path.name.removesuffix(str(kind(path)))
+    name = shard["split"] if shard else path.name[: -len(str(kind(path)))]
     if name.lower() in _SPLITS or (shard and _words(name) & _SPLITS):
         return name
     return next((folder for folder in reversed(path.parts[:-1]) if folder.lower() in _SPLITS), None)
@@ -88,18 +91,3 @@ def _split_of(path: Path) -> str | None:
 
 def _words(name: str) -> set[str]:
     return set(re.split(r"[^a-z]+", name.lower()))
-
-
-def overlap(one: Source, other: Source) -> bool:
-    """Return whether two sources have data in common: the same file, folder or split, or one in the other."""
-    names = [each.path for each in (one, other) if hub_name(each) is not None]
-    if names:
-        return one.path == other.path and one.split == other.split
-    here, there = _place(one), _place(other)
-    return here == there or here in there.parents or there in here.parents
-
-
-def _place(source: Source) -> Path:
-    """Return the file or the folder that is read."""
-    path = Path(source.path)
-    return (path / source.split if saved_splits(path) else path).resolve()

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from upcycle.data.documents import json_lines, parquet_rows
+from upcycle.data.class_labels import names_in
+from upcycle.data.documents import json_lines, kind, opened_parquet, parquet_rows
 from upcycle.data.examples import refuse_other_classes
 from upcycle.errors import UpcycleError, listed, shown
 
@@ -38,7 +39,8 @@ class TextSet:
         """Open a JSON lines or parquet file; its texts are cut and padded to `length` tokens.
 
         `fields` names one text or two. Labels are integers, or names, which are numbered in alphabetical
-        order. Raises `UpcycleError` for data that cannot be used.
+        order. Integers have names if the parquet file stores some (a ClassLabel). Raises `UpcycleError` for
+        data that cannot be used.
         """
         texts, labels = [], []
         for where, row in _rows(Path(path)):
@@ -54,7 +56,7 @@ class TextSet:
             labels.append(row[label_field])
         if not texts:
             raise UpcycleError(f"{path} holds no examples")
-        numbers, names = _numbered(labels, str(path))
+        numbers, names = _numbered(labels, str(path), _names(Path(path), label_field))
         columns = [list(column) for column in zip(*texts, strict=True)]
         made = tokenizer(
             *columns, truncation=True, max_length=length, padding="max_length", return_token_type_ids=True
@@ -97,23 +99,38 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each example and its location, for messages."""
     if not path.is_file():
         raise UpcycleError(f"no data at {path}; give a JSON lines or parquet file")
-    if path.suffix == ".parquet":
+    if kind(path) == ".parquet":
         yield from ((f"{path}, row {i}", row) for i, row in enumerate(parquet_rows(path)))
         return
     yield from json_lines(path)
 
 
-def _numbered(labels: list[Any], path: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Return the labels as numbers, and the class names if there are any."""
+def _names(path: Path, label_field: str) -> tuple[str, ...]:
+    """Return the names that a parquet file stores for the numbers of its classes; empty if there are none."""
+    if kind(path) != ".parquet":
+        return ()
+    with opened_parquet(path) as file:
+        return names_in(file.schema_arrow, label_field)
+
+
+def _numbered(
+    labels: list[Any], path: str, of_numbers: tuple[str, ...]
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return the labels as numbers, and the class names if there are any.
+
+    `of_numbers` has the names of numbered classes, if the data stores some.
+    """
     if all(type(label) is bool for label in labels):
         return np.array(labels, np.int64), ("false", "true")
-    if all(type(label) is int and 0 <= label < MOST_CLASSES for label in labels):
-        return np.array(labels, np.int64), ()
+    most = len(of_numbers) or MOST_CLASSES
+    if all(type(label) is int and 0 <= label < most for label in labels):
+        return np.array(labels, np.int64), of_numbers
     if all(isinstance(label, str) for label in labels):
         names = sorted(set(labels))
         return np.array([names.index(label) for label in labels], np.int64), tuple(names)
-    odd = next((x for x in labels if type(x) is not int or not 0 <= x < MOST_CLASSES), labels[0])
+    odd = next((x for x in labels if type(x) is not int or not 0 <= x < most), labels[0])
+    why = f" (it names {most} classes)" if of_numbers else ""
     raise UpcycleError(
-        f"{path}: label {shown(odd)}; labels must all be whole numbers of 0 to {MOST_CLASSES - 1:,}, or all "
+        f"{path}: label {shown(odd)}; labels must all be whole numbers of 0 to {most - 1:,}{why}, or all "
         f"names"
     )

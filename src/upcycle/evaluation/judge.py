@@ -40,5 +40,5 @@ class Judge:
         """Score the likelihood of every token of the text at `path`, in windows over its documents."""
         return text.score(
             self.language, path, length=self.asked.length, stride=self.asked.stride, limit=self.asked.limit,
-            separator=self.asked.separator,
+            separator=self.asked.separator, field=self.asked.field,
         )  # fmt: skip

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from upcycle.checkpoints.checkpoint import file_hash
+from upcycle.data.folders import files_below
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.differences import Sums
 from upcycle.records.evaluation import EvaluationEntry, EvaluationRecord, MetricRecord, PairedSums
@@ -116,7 +117,7 @@ def data_of(path: Path) -> dict[str, Any]:
     """Describe the data that were scored: the file, or the files of a folder with name and size."""
     if path.is_file():
         return {"file": path.name, "sha256": file_hash(path)}
-    files = sorted(p for p in path.rglob("*") if p.is_file())
+    files = files_below(path)
     listed = "\n".join(f"{p.relative_to(path)} {p.stat().st_size}" for p in files)
     return {
         "folder": path.resolve().name,

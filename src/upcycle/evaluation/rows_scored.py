@@ -15,10 +15,11 @@ from upcycle.dense.subject import Subject
 from upcycle.evaluation.batch_size import BatchSize
 from upcycle.evaluation.differences import Sums
 from upcycle.evaluation.results import Metric, Result, data_of
-from upcycle.evaluation.text import LENGTH
+from upcycle.evaluation.text import LENGTH, field_of
 from upcycle.evaluation.to_score import ToScore
 from upcycle.system import progress
 from upcycle.tasks import Task
+from upcycle.tasks._tokens import refuse_beyond_positions
 
 Numbers = list[tuple[float, int, int]]
 
@@ -28,14 +29,18 @@ def score(
 ) -> Result:
     """Score the loss and the accuracy per target on the first `asked.limit` rows.
 
-    The rows are in a random order of seed 0. Raises `UpcycleError` for data that the task cannot read.
+    The rows are in a random order of seed 0. Raises `UpcycleError` for data that the task cannot read, and
+    for rows that are longer than the model's positions.
     """
     length = asked.length or min(LENGTH, subject.settings.get("max_position_embeddings") or LENGTH)
-    feeding = Feeding.of_file(path, length=length, cache=cache, separator=asked.separator)
+    if task.reads != "images":
+        refuse_beyond_positions(length, subject, setting="length")
+    feeding = Feeding.of_file(path, length=length, cache=cache, separator=asked.separator, field=asked.field)
     scored = _score(
         model, subject, task, task.feed(feeding, subject), asked, f"{_units(task)} of {path.name}"
     )
     settings: dict[str, Any] = {"length": length, "limit": asked.limit, "separator": asked.separator}
+    settings |= field_of(asked.field)
     if task.reads == "images":
         settings = {"limit": asked.limit}
     return _result(path, task, scored, settings)

@@ -7,10 +7,9 @@ SuperGLUE as text to text.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +21,7 @@ from upcycle import tasks
 from upcycle.checkpoints import hub
 from upcycle.checkpoints.checkpoint import Checkpoint, read_json
 from upcycle.data import corpus, splits
+from upcycle.data.documents import Source
 from upcycle.dense.admission import admit, drops_head, that_find
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
@@ -35,6 +35,7 @@ from upcycle.hf import models, opening
 from upcycle.hf.quiet import quiet
 from upcycle.records.run import RunRecord
 from upcycle.system import scratch
+from upcycle.system.wording import quoted
 from upcycle.tasks import Task
 
 __all__ = ["Scored", "ToScore", "evaluate", "refuse", "score"]
@@ -130,7 +131,7 @@ def _admit(source: str | Path, asked: ToScore) -> tuple[Path, Subject]:
     if not (folder / "config.json").exists() and (folder / RunRecord.FILE).exists():
         raise UpcycleError(
             f"{folder} is the folder of a training run and no model; write its checkpoint as one first: "
-            f"upcycle export {folder} OUT"
+            f"upcycle export {quoted(folder)} OUT"
         )
     config = read_json(folder / "config.json", f"{folder} has no config.json; give a folder of a model")
     subject = Subject(folder=folder, config=config)
@@ -169,14 +170,26 @@ def _refuse_other_data(task: Task, architecture: str, asked: ToScore) -> None:
         raise UpcycleError(reason)
     if not asked.images and task.reads != "text":
         raise UpcycleError(f"{architecture} reads images and no text; give --images")
+    if asked.stride is not None and not task.in_windows:
+        raise UpcycleError(
+            f"--stride {asked.stride} is for decoders, and {architecture} is scored on rows that do not "
+            f"overlap; leave it out"
+        )
 
 
 def _refuse_missing(asked: ToScore) -> None:
-    """Raise an error if a split, files of a task or lm-evaluation-harness are missing, before scoring."""
+    """Raise an error if a split, files of a task or lm-evaluation-harness are missing, before scoring.
+
+    Likewise for a separator or a field that none of the texts could have.
+    """
     for path in filter(None, (*asked.texts, asked.chats)):
-        splits.to_score(path)
-    if asked.chats and (why := splits.mixed(splits.to_score(asked.chats))) is not None:
-        raise UpcycleError(why)
+        if (why := splits.mixed(splits.to_score(path))) is not None:
+            raise UpcycleError(why)
+    for given in ({"separator": asked.separator}, {"field": asked.field}):
+        sources = [Source(path=splits.to_score(path).path, **given) for path in asked.texts]
+        idle = [splits.unread(source, "--{}") for source in sources]
+        if idle and None not in idle:
+            raise UpcycleError(str(idle[0]))
     if asked.by_harness:
         harness()
     if asked.task_files:
@@ -193,12 +206,10 @@ def _on_images(judge: Judge, images: Path) -> Result:
 
 def _on_texts(judge: Judge) -> list[Result]:
     asked, task = judge.asked, tasks.of(judge.subject.architecture)
-    results = [
-        dataclasses.replace(task.score(judge, _part(path)), name=name) for name, path in asked.named.items()
-    ]
+    results = [replace(task.score(judge, _part(path)), name=name) for name, path in asked.named.items()]
     if asked.chats:
         scored = tasks.find("sft")().score(judge, _part(asked.chats))
-        results.append(dataclasses.replace(scored, name=asked.chats.name))
+        results.append(replace(scored, name=asked.chats.name))
     if asked.by_harness:
         results += harness().score(
             judge.language, asked.tasks, asked.task_files, shots=asked.num_fewshot, limit=asked.limit

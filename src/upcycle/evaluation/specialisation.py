@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from upcycle.checkpoints.checkpoint import read_json
 from upcycle.data.corpus import read_tokenizer
+from upcycle.data.documents import Source
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.batch_size import BatchSize
@@ -46,6 +47,7 @@ class ToWatch:
     images: Mapping[str, Path] | None = None
     limit: int = 256
     length: int | None = None
+    field: str = Source.field  # the text field of JSON lines, parquet and datasets
     batch_size: int = 16
     seed: int = 0
     cache: Path | None = None
@@ -56,6 +58,8 @@ class ToWatch:
             raise UpcycleError("give either --text [NAME=]FILE or --images [NAME=]SET, once for each domain")
         if self.limit < 0:
             raise UpcycleError(f"--limit {self.limit}; it must be 0 (all) or more")
+        if self.images and (self.length is not None or self.field != Source.field):
+            raise UpcycleError("--length and --field are of texts, and images are given; leave them out")
         for name in ("length", "batch_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UpcycleError(f"--{name.replace('_', '-')} {value}; it must be 1 or more")
@@ -217,7 +221,7 @@ def _rows(path: Path, subject: Subject, asked: ToWatch, cache: Path) -> Rows:
     if asked.images:
         return of_images(path, subject, cache, gradient=False, seed=asked.seed)
     return of_text(
-        path, subject, cache, gradient=False, seed=asked.seed, length=asked.length
+        path, subject, cache, gradient=False, seed=asked.seed, length=asked.length, field=asked.field
     )  # fmt: skip
 
 

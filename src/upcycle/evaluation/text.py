@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from upcycle.data.documents import Source, documents
+from upcycle.data.documents import PLAIN, Source, documents, kind
 from upcycle.data.pieces import Piece, pieces
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.differences import Sums
@@ -93,6 +93,7 @@ def score(
     stride: int | None,
     limit: int,
     separator: str | None,
+    field: str = Source.field,
 ) -> Result:
     """Score a decoder on the text at `path`; `limit` is the largest number of windows (0: all).
 
@@ -100,7 +101,7 @@ def score(
     is `length`. The units are documents, or passages of `PASSAGE` characters if there is a single document.
     """
     length, stride = _checked(language, length, stride)
-    source = Source(path=str(path), separator=separator)
+    source = Source(path=str(path), separator=separator, field=field)
     if limit and not language.tokenizer.is_fast:
         raise UpcycleError(
             "--limit cuts a text between tokens, and this tokenizer does not say which bytes a token "
@@ -115,7 +116,12 @@ def score(
     if not totals:
         raise UpcycleError(f"{path} holds no text")
     settings = {"length": length, "stride": stride, "limit": limit, "separator": separator}
-    return _result(path, totals, settings, done, language)
+    return _result(path, totals, settings | field_of(field), done, language)
+
+
+def field_of(field: str) -> dict[str, str]:
+    """Return the field of a text as a record has it, which says it if it is not the usual one."""
+    return {} if field == Source.field else {"field": field}
 
 
 def _checked(language: LanguageModel, length: int | None, stride: int | None) -> tuple[int, int]:
@@ -135,7 +141,7 @@ def _checked(language: LanguageModel, length: int | None, stride: int | None) ->
 
 def _scoring(path: Path, limit: int) -> AbstractContextManager[Work]:
     # The size of a file is that of its text only if it is plain text.
-    plain = path.suffix in (".txt", ".text") and path.is_file() and not limit
+    plain = kind(path) in PLAIN and path.is_file() and not limit
     return progress.work(f"scoring {path.name}", "bytes", total=path.stat().st_size if plain else None)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+from upcycle.data.documents import Source
 from upcycle.errors import UpcycleError
 from upcycle.system.paths import as_paths
 
@@ -30,6 +31,7 @@ class ToScore:
     length: int | None = None  # tokens of a window; None: 512, or fewer if the model takes fewer
     stride: int | None = None  # tokens; None: the same as `length`
     separator: str | None = None
+    field: str = Source.field  # the text field of JSON lines, parquet and datasets
     batch_size: int = 0  # 0: chosen automatically
     limit: int = 0
     cache: Path | None = None
@@ -54,10 +56,30 @@ class ToScore:
                 raise UpcycleError(f"--{name.replace('_', '-')} {given}; it must be {least} or more")
         if self.separator == "":
             raise UpcycleError('--separator ""; leave it out if a file is one document')
+        self._refuse_idle()
         if len(self.named) < len(self.texts):
             raise UpcycleError(
                 "two texts have one file name, and results are called by it; give them names: NAME=PATH"
             )
+
+    def _refuse_idle(self) -> None:
+        """Refuse a setting of something that is not scored."""
+        of_text, of_rows = (bool(self.texts), "--text"), (bool(self.texts or self.chats), "--text or --chats")
+        read_by = {
+            "length": of_rows,
+            "stride": of_text,
+            "separator": of_text,
+            "field": of_text,
+            "num_fewshot": (self.by_harness, "--tasks or --task-files"),
+            "per_class": (self.shots is not None, "--few-shot"),
+        }
+        for key in fields(self):
+            used, owner = read_by.get(key.name, (True, ""))
+            if not used and (given := getattr(self, key.name)) != key.default:
+                raise UpcycleError(
+                    f"--{key.name.replace('_', '-')} {given} is for {owner}, and nothing of that is scored; "
+                    f"leave it out"
+                )
 
     @property
     def texts(self) -> tuple[Path, ...]:

@@ -58,6 +58,7 @@ class RunRecord(Document):
     active_parameters: int
     from_scratch: bool
     run: Table  # the run file
+    begun_in: str | None = sometimes()  # the folder from which its relative paths count
     identity: Table  # settings that a resumed run must share with this one
     source_sha256: Mapping[str, Mapping[str, str]] | None = sometimes()  # keyed by checkpoint and file
 

@@ -12,6 +12,7 @@ from typing import ClassVar, Self
 from upcycle.records.reader import DamagedError, Document, Table, WrongError, load, sometimes
 
 _AXES = ("replicate", "fsdp", "tp", "ep")
+PRECISIONS = ("float32", "mixed", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,7 @@ class RunState(Document):
     recent: tuple[tuple[float, ...], ...] | None = sometimes()  # loss and gradient norm of the last steps
     identity: Table
     micro_batch: int | None = None  # rows of a forward pass, if fewer than the batch has
+    precision: str | None = sometimes()  # of its arithmetic: float32, mixed or bfloat16
     layout: Mapping[str, int] | None = (
         sometimes()
     )  # the numbers of ranks that wrote it: replicate, fsdp, tp, ep
@@ -48,6 +50,8 @@ class RunState(Document):
             raise WrongError(f"is {self.step}, not 0 or more", "step")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise WrongError(f"is {self.micro_batch}, not 1 or more", "micro_batch")
+        if self.precision not in (None, *PRECISIONS):
+            raise WrongError(f"is {self.precision}, not {', '.join(PRECISIONS)}", "precision")
         for axis, ranks in (self.layout or {}).items():
             if axis not in _AXES or ranks < 1:
                 raise WrongError(f"has {ranks} ranks, and axes are {', '.join(_AXES)}", "layout", axis)

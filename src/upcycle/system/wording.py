@@ -1,10 +1,13 @@
-"""Formatting of numbers, sizes and places for people, and parsing of numbers that people write."""
+"""Formatting of numbers, sizes, places and commands for people, and parsing of numbers that people write."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from decimal import Decimal
+
+from upcycle.errors import printable
 
 _LARGE = ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k"))
 _WRITTEN = re.compile(r"(\d[\d_]*(?:\.\d*)?|\.\d+)(?:[eE]\+?(\d{1,2}))?\s*([A-Za-z]*)")
@@ -50,6 +53,18 @@ def number_in(text: str, units: Mapping[str, int]) -> Decimal | None:
     if found is None or found[3] not in units or (found[2] and found[3]):
         return None
     return Decimal(found[1].replace("_", "")).scaleb(int(found[2] or 0)) * units[found[3]]
+
+
+def quoted(*words: object) -> str:
+    """Quote the words of a command for the shell."""
+    return " ".join(map(_quoted, map(str, words)))
+
+
+def _quoted(word: str) -> str:
+    if not word.isprintable():
+        text = word.replace("\\", "\\\\").replace("'", "\\'")
+        return f"$'{printable(text)}'"
+    return shlex.quote(f"./{word}" if word.startswith("-") else word)
 
 
 def place_of(stack: str, layer: int) -> str:

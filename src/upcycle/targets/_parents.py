@@ -12,6 +12,7 @@ from upcycle.init import Growth
 from upcycle.records.reader import load
 from upcycle.records.routing import RoutingRecord
 from upcycle.system.once import once
+from upcycle.system.wording import quoted
 
 if TYPE_CHECKING:
     from upcycle.recipe import Grow, Recipe
@@ -55,7 +56,7 @@ def _loads(source: Mixture, grow: Grow, layer: int) -> tuple[float, ...]:
     if len(found) != 1 or len(found[0]) != source.num_experts:
         raise UpcycleError(
             f"grow.statistics: {path} does not have the routing of the {source.num_experts} experts of layer "
-            f"{layer}; make it with `upcycle inspect {source.checkpoint.folder} --text NAME=FILE`"
+            f"{layer}; make it with `upcycle inspect {quoted(source.checkpoint.folder)} --text NAME=FILE`"
         )
     return found[0]
 

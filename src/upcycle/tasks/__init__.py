@@ -69,6 +69,7 @@ class Task(Named, abc.ABC):
     counting: ClassVar[Mapping[str, Any]] = {}  # model arguments that save work if only routers are watched
 
     isolates: ClassVar[bool] = False  # whether documents in a row can be kept apart (data.isolate)
+    in_windows: ClassVar[bool] = False  # whether `eval` scores a text in windows, and not row by row
     by_token: ClassVar[bool] = False  # whether the head predicts a word at every position of the last stack
 
     def __post_init__(self) -> None:
@@ -76,6 +77,13 @@ class Task(Named, abc.ABC):
         given = self.classes if isinstance(self.classes, tuple) else ()
         if len({*given}) < len(given):
             raise UpcycleError("task.classes is a number of classes or a list of different names")
+        if self.own_test == "":
+            raise UpcycleError('task.test = "" names no set; give one to score on, or leave it out')
+
+    @property
+    def own_test(self) -> str | None:
+        """The set that the model is scored on, if the task has the key `test` and it is set."""
+        return getattr(self, "test", None)
 
     def notes(self) -> list[str]:
         """Return notes for the user about a run of this task, one sentence each."""
@@ -98,6 +106,13 @@ class Task(Named, abc.ABC):
         A run that begins is refused, and one that goes on is warned.
         """
         return None
+
+    def idle_split(self, data: Data) -> str | None:
+        """Return a sentence about `data.split_seed` if it is set and draws nothing; None otherwise."""
+        if data.split_seed is None or (self.splits and self.own_test is None):
+            return None
+        why = f"{self.name} holds out the end of each source" if not self.splits else "task.test is scored on"
+        return f"data.split_seed = {data.split_seed} draws no held-out examples, because {why}; take it out"
 
     def continued(self, recorded: Mapping[str, Any]) -> Task:
         """Return the task of a run that goes on, with what an earlier version had instead of today's default.
@@ -142,8 +157,8 @@ class Task(Named, abc.ABC):
         return None
 
     def score(self, judge: Judge[Found], path: Path) -> Found:
-        """Score a checkpoint on the data at `path`; row by row, unless a task overrides this."""
-        return judge.rows(self, path)
+        """Score a checkpoint on the data at `path`, in windows or row by row."""
+        return judge.windows(path) if self.in_windows else judge.rows(self, path)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the cross-entropy in nats, summed over targets, []. It is computed in float32 or wider."""

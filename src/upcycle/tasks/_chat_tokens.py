@@ -36,7 +36,7 @@ def with_template(tokenizer: Any, path: str | None) -> Any:
     if not tokenizer.is_fast:
         raise UpcycleError(
             f"the tokenizer of {tokenizer.name_or_path} does not say which text its tokens are of, which "
-            f"chats need; set data.tokenizer to a folder with tokenizer.json"
+            f"chats need; put tokenizer.json there, or in a run, set data.tokenizer to a folder that has it"
         )
     return tokenizer
 
@@ -71,7 +71,8 @@ def tokens_of(chats: Iterator[Chat], tokenizer: Any) -> list[ChatTokens]:
             if not answers[1:].any():
                 raise UpcycleError(
                     f"{chat.where}: the chat template shows nothing of the assistant's messages as its own; "
-                    f"set task.chat_template to one that marks them (generation), or take the chat out"
+                    f"take the chat out, or in a run, set task.chat_template to one that marks them "
+                    f"(generation)"
                 )
             found.append(ChatTokens(ids=np.array(ids, np.int32), answers=answers))
     return found
@@ -105,7 +106,7 @@ def _template(tokenizer: Any, *, tools: bool) -> Template:
     except ValueError as error:
         raise UpcycleError(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template for these chats "
-            f"({cut(str(error))}); set task.chat_template to a file with one (Jinja)"
+            f"({cut(str(error))}); in a run, set task.chat_template to a file with one (Jinja)"
         ) from None
 
 
@@ -165,8 +166,8 @@ def _by_prefix(chat: Chat, template: Template, text: str) -> list[Span]:
         if not text.startswith(after) or not after.startswith(before):
             raise UpcycleError(
                 f"{chat.where}: the chat template does not mark the assistant's messages, and "
-                f"{_why_not(chat, template, place, text)}; set task.chat_template to one that marks them "
-                f"({{% generation %}} ... {{% endgeneration %}})"
+                f"{_why_not(chat, template, place, text)}; in a run, set task.chat_template to one that "
+                f"marks them ({{% generation %}} ... {{% endgeneration %}})"
             )
         spans.append((len(before), len(after)))
     return spans
@@ -181,8 +182,9 @@ def _prompt(chat: Chat, template: Template, place: int) -> str:
             raise
         raise UpcycleError(
             f"{chat.where} begins with the assistant, and the chat template neither marks the assistant's "
-            f"messages nor writes the prompt of a first one; begin the chat with another message, or set "
-            f"task.chat_template to one that marks them ({{% generation %}} ... {{% endgeneration %}})"
+            f"messages nor writes the prompt of a first one; begin the chat with another message, or in a "
+            f"run, set task.chat_template to one that marks them "
+            f"({{% generation %}} ... {{% endgeneration %}})"
         ) from None
 
 

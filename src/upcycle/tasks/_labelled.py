@@ -13,7 +13,7 @@ from upcycle.data.corpus import Data
 from upcycle.data.documents import Source
 from upcycle.data.examples import Examples, Labelled
 from upcycle.data.feeding import Feed, Feeding
-from upcycle.data.splits import overlap
+from upcycle.data.leaks import shared
 from upcycle.errors import UpcycleError, listed
 from upcycle.tasks import Task
 
@@ -78,7 +78,7 @@ def _objection_to_test(test: Source, data: Data) -> str | None:
             f"data.held_out = {data.held_out:g} holds nothing out, because the model is scored on task.test; "
             f"take one of them out"
         )
-    if any(overlap(test, source) for source in data.sources):
+    if any(shared(test, source) is not None for source in data.sources):
         part = f", split {test.split}" if test.path.startswith("hf:") else ""
         return (
             f"task.test = {test.path}{part} is trained on, too, because data.sources names it; give another "
@@ -92,7 +92,7 @@ def refuse_unknown_ids(ids: np.ndarray, path: str, subject: Subject) -> None:
     if (largest := int(ids.max())) >= subject.vocab_size:
         raise UpcycleError(
             f"the tokenizer gives id {largest} in {path} and the embedding has {subject.vocab_size} "
-            f"rows; set data.tokenizer to that of the model"
+            f"rows; put the tokenizer of the model into its folder, or in a run, set data.tokenizer to it"
         )
 
 
@@ -105,7 +105,8 @@ def as_the_head(found: Set, subject: Subject) -> Set:
     if found.num_labels > subject.num_labels:
         raise UpcycleError(
             f"{found.name} has {found.num_labels} classes and the model's head {subject.num_labels} "
-            f"(id2label in config.json); give data of its classes, or set task.classes for a new head"
+            f"(id2label in config.json); give data of its classes, or in a run, set task.classes for a "
+            f"new head"
         )
     names, known = found.class_names, subject.class_names
     if not names or not known or names == known:
@@ -118,7 +119,7 @@ def as_the_head(found: Set, subject: Subject) -> Set:
         return found
     raise UpcycleError(
         f"{found.name} has the class {odd!r}, and the model's head {_instead(odd, known)} (id2label in its "
-        f"config.json); call the classes what it calls them, or set task.classes for a new head"
+        f"config.json); call the classes what it calls them, or in a run, set task.classes for a new head"
     )
 
 

@@ -22,7 +22,7 @@ class Plain(CausalLM):
         return "plain"
 
     def feed(self, feeding: Feeding, subject: Subject) -> Feed:
-        refuse_beyond_positions(feeding.length, subject)
+        refuse_beyond_positions(feeding.length, subject, setting=feeding.setting)
         return TokenFeed(feeding, subject, rows_alone)
 
     def question(self, batch: Batch, subject: Subject, *, training: bool) -> Question:

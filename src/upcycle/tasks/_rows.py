@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from upcycle import tasks
-from upcycle.data import corpus
+from upcycle.data import corpus, splits
+from upcycle.data.documents import Source
 from upcycle.data.feeding import Feeding
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, shown
 from upcycle.tasks import Batch, Question, Task
 from upcycle.tasks._plain import Plain
+from upcycle.tasks._tokens import refuse_beyond_positions
 from upcycle.tasks.image_classification import ImageClassification
 
 if TYPE_CHECKING:
@@ -65,17 +67,27 @@ def of_images(path: Path, subject: Subject, cache: Path, *, gradient: bool, seed
 
 
 def of_text(
-    path: Path, subject: Subject, cache: Path, *, gradient: bool, seed: int, length: int | None
+    path: Path,
+    subject: Subject,
+    cache: Path,
+    *,
+    gradient: bool,
+    seed: int,
+    length: int | None,
+    field: str = Source.field,
 ) -> Rows:
     """Return the text at `path` in rows of `length` tokens.
 
     A `length` of None means the model's maximum, up to `LENGTH`. Raises `UpcycleError` for a model that reads
-    images, and for `gradient` without a head or labels.
+    images, for rows longer than its positions, and for `gradient` without a head or labels.
     """
     if "image_size" in subject.settings:
         raise UpcycleError(f"{subject.architecture} reads images and no text; give --images PATH")
     length = length or min(LENGTH, subject.length)
-    feeding = Feeding.of_file(path, length=length, cache=cache, seed=seed)
+    feeding = Feeding.of_file(path, length=length, cache=cache, seed=seed, field=field)
+    refuse_beyond_positions(length, subject, setting=feeding.setting)
+    if field != Source.field and (why := splits.unread(feeding.data.sources[0], "--{}")) is not None:
+        raise UpcycleError(why)
     return _rows(feeding, "text", path, subject, gradient=gradient)
 
 

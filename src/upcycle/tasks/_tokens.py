@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from upcycle.data import corpus
+from upcycle.data import corpus, leaks
 from upcycle.data.batches import Batches, Places
 from upcycle.data.corpus import Data
 from upcycle.data.feeding import Feeding
@@ -27,24 +27,27 @@ def tokenizer_of(feeding: Feeding, subject: Subject) -> Any:
 
 
 def objection_to_sources(data: Data) -> str | None:
-    """Return a sentence about a source of text that would not be read as it says; None if all would."""
-    return next(filter(None, map(unread, data.sources)), None)
+    """Return a sentence about sources of text that would not be read, or held out, as they say; or None."""
+    return next(filter(None, map(unread, data.sources)), None) or leaks.within(data)
 
 
-def beyond_positions(length: int, subject: Subject) -> str | None:
-    """Return a sentence about rows longer than the model's positions; None if they are not."""
+def beyond_positions(length: int, subject: Subject, *, setting: str = "train.sequence_length") -> str | None:
+    """Return a sentence about rows longer than the model's positions; None if they are not.
+
+    `setting` is what the caller calls the length.
+    """
     most = subject.settings.get("max_position_embeddings")
     if most is None or length <= most:
         return None
     return (
-        f"train.sequence_length = {length} and the model has {most} positions "
+        f"{setting} = {length} and the model has {most} positions "
         f"(max_position_embeddings in its config.json); shorten the rows"
     )
 
 
-def refuse_beyond_positions(length: int, subject: Subject) -> None:
-    """Raise `UpcycleError` for rows longer than the positions that a model has learned."""
-    if (said := beyond_positions(length, subject)) is not None:
+def refuse_beyond_positions(length: int, subject: Subject, *, setting: str = "train.sequence_length") -> None:
+    """Raise `UpcycleError` for rows longer than the model's positions, see `beyond_positions`."""
+    if (said := beyond_positions(length, subject, setting=setting)) is not None:
         raise UpcycleError(said)
 
 
@@ -65,6 +68,7 @@ class TokenFeed:
             held_out=data.held_out,
             seed=seed,
             readings=feeding.readings,
+            setting=feeding.setting,
         )
         self._make, self._seed, self._isolate = make, seed, data.isolate
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +12,7 @@ from upcycle.data.corpus import Data
 from upcycle.data.corruption import IGNORED
 from upcycle.data.feeding import Feed, Feeding
 from upcycle.families import CAUSAL_HEADS
-from upcycle.tasks import ON_HOST, POSITIONS, Batch, Found, Judge, Question, Task
+from upcycle.tasks import ON_HOST, POSITIONS, Batch, Question, Task
 from upcycle.tasks._tokens import TokenFeed, beyond_positions, objection_to_sources
 from upcycle.tensors import rng
 
@@ -35,6 +34,7 @@ class CausalLM(Task):
     counting = {"logits_to_keep": 1}
     by_token = True
     isolates = True
+    in_windows = True
 
     def objection(self, data: Data) -> str | None:
         return objection_to_sources(data)
@@ -63,9 +63,6 @@ class CausalLM(Task):
 
     def lengths(self, length: int, subject: Subject) -> dict[str, int]:
         return subject.all_of(length)
-
-    def score(self, judge: Judge[Found], path: Path) -> Found:
-        return judge.windows(path)
 
 
 def rows_alone(rows: np.ndarray, keys: Sequence[rng.Key]) -> dict[str, np.ndarray]:

@@ -14,7 +14,13 @@ from upcycle.data.feeding import Feed, Feeding
 from upcycle.errors import UpcycleError
 from upcycle.settings import Within
 from upcycle.tasks import Batch, Question, Task
-from upcycle.tasks._tokens import TokenFeed, objection_to_sources, refuse_beyond_positions, tokenizer_of
+from upcycle.tasks._tokens import (
+    TokenFeed,
+    beyond_positions,
+    objection_to_sources,
+    refuse_beyond_positions,
+    tokenizer_of,
+)
 from upcycle.tensors import rng
 
 if TYPE_CHECKING:
@@ -39,10 +45,12 @@ class MaskedLM(Task):
         return objection_to_sources(data)
 
     def feed(self, feeding: Feeding, subject: Subject) -> Feed:
-        refuse_beyond_positions(feeding.length, subject)
+        refuse_beyond_positions(feeding.length, subject, setting=feeding.setting)
         tokenizer = tokenizer_of(feeding, subject)
         if tokenizer.mask_token_id is None:
-            raise UpcycleError("masked language modelling wants a tokenizer with a mask; set data.tokenizer")
+            raise UpcycleError(
+                "masked language modelling wants a tokenizer with a mask; in a run, set data.tokenizer"
+            )
         special = frozenset(tokenizer.all_special_ids)
 
         def make(rows: np.ndarray, keys: Sequence[rng.Key]) -> dict[str, np.ndarray]:
@@ -63,6 +71,9 @@ class MaskedLM(Task):
 
     def targets(self, batch: Batch) -> Tensor:
         return (batch["labels"] != IGNORED).sum()
+
+    def beyond_positions(self, length: int, subject: Subject) -> str | None:
+        return beyond_positions(length, subject)
 
     def lengths(self, length: int, subject: Subject) -> dict[str, int]:
         return {"layers": length}

@@ -94,6 +94,7 @@ class SFT(Task):
             cut=self.too_long == "cut",
             pack=self.pack,
             isolate=feeding.data.isolate,
+            setting=feeding.setting,
             padding=tokenizer.pad_token_id or 0,
         )
         refuse_unknown_ids(found.ids, source.path, subject)

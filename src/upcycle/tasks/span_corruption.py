@@ -51,7 +51,7 @@ class SpanCorruption(Task):
             raise UpcycleError(
                 f"span corruption of {feeding.length} tokens wants EOS and {lengths.spans} "
                 f"sentinels (<extra_id_0>, ...), and the tokenizer has {len(sentinels)}; shorten "
-                f"train.sequence_length, or set data.tokenizer"
+                f"{feeding.setting}, or in a run, set data.tokenizer"
             )
 
         def make(rows: np.ndarray, keys: Sequence[rng.Key]) -> dict[str, np.ndarray]:

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upcycle.data.corpus import Data
-from upcycle.data.documents import Source
+from upcycle.data.documents import PLAIN, Source, kind
 from upcycle.data.feeding import Feed, Feeding
 from upcycle.data.texts import TextSet
 from upcycle.errors import UpcycleError
 from upcycle.tasks import Batch, Question, Task
 from upcycle.tasks._decoder_inputs import behind_start, mask_behind_start
 from upcycle.tasks._labelled import as_the_head, objection_to, only_source, refuse_unknown_ids, split
-from upcycle.tasks._tokens import refuse_beyond_positions, tokenizer_of
+from upcycle.tasks._tokens import beyond_positions, refuse_beyond_positions, tokenizer_of
 
 if TYPE_CHECKING:
     from upcycle.dense.subject import Subject
@@ -54,10 +54,12 @@ class TextClassification(Task):
         return objection_to(data, self, test, ("field", "separator", "split", "append_eos"))
 
     def _texts(self, path: str, feeding: Feeding, subject: Subject) -> TextSet:
-        refuse_beyond_positions(feeding.length, subject)
+        refuse_beyond_positions(feeding.length, subject, setting=feeding.setting)
         tokenizer = tokenizer_of(feeding, subject)
         if tokenizer.pad_token_id is None:
-            raise UpcycleError("text classification wants a tokenizer with a pad token; set data.tokenizer")
+            raise UpcycleError(
+                "text classification wants a tokenizer with a pad token; in a run, set data.tokenizer"
+            )
         found = TextSet.open(
             path,
             tokenizer,
@@ -81,11 +83,14 @@ class TextClassification(Task):
     def targets(self, batch: Batch) -> int:
         return len(batch["labels"])
 
+    def beyond_positions(self, length: int, subject: Subject) -> str | None:
+        return beyond_positions(length, subject)
+
     def lengths(self, length: int, subject: Subject) -> dict[str, int]:
         return subject.all_of(length)
 
     def can_read(self, path: Path) -> bool:
-        return path.suffix not in (".txt", ".text")  # these have no labels
+        return kind(path) not in PLAIN  # these have no labels
 
     def unscored(self, architecture: str) -> str | None:
         return f"{architecture} classifies texts; score it in a run, with task.test"
@@ -105,8 +110,8 @@ def _refuse_uneven_ends(found: TextSet, subject: Subject) -> None:
     if least < 1 or least != most:
         raise UpcycleError(
             f"{subject.architecture} reads the class at the last end token (id {end}), of which every text "
-            f"must have equally many and at least one; those of {found.name} have {least} to {most}. Set "
-            f"data.tokenizer to one that ends every text with it, or take it out of the texts"
+            f"must have equally many and at least one; those of {found.name} have {least} to {most}; take it "
+            f"out of the texts, or in a run, set data.tokenizer to one that ends every text with it"
         )
 
 

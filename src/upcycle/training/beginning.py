@@ -9,7 +9,7 @@ from pathlib import Path
 
 from upcycle import tasks
 from upcycle.conversion.provenance import Hashes
-from upcycle.data import stamps
+from upcycle.data import leaks, stamps
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, listed
 from upcycle.records.state import RunState
@@ -58,26 +58,31 @@ def admitted(run: Run, begun: Start) -> Task:
     return task
 
 
-def first_refusals(run: Run, begun: Start, task: Task) -> list[str]:
+def first_refusals(run: Run, begun: Start, task: Task, asked: Run | None = None) -> list[str]:
     """Return the reasons to refuse a run that begins; one that goes on may have them.
 
-    They are rows that are too long for the model, and router losses that no router computes.
+    They are rows that are too long for the model, router losses that no router computes, rows that a stage is
+    scored on though an earlier one trains on them, and a stage that would not read its data anew as it says.
+    `asked` is the run as the user wrote it, if `run` has what a record says besides.
     """
+    legs = Course(run).legs
     long = task.beyond_positions(run.train.sequence_length, begun.subject)
-    lacking = (fit.without_loss(leg.run, begun.built) for leg in Course(run).legs)
-    return [*dict.fromkeys(filter(None, [long, *lacking]))]
+    lacking = (fit.without_loss(leg.run, begun.built) for leg in legs)
+    leak = leaks.later([leg.run.data for leg in legs])
+    return [*dict.fromkeys(filter(None, [long, *lacking, leak, fit.not_anew(asked or run)]))]
 
 
-def ready(
-    run: Run, begun: Start, task: Task, here: Ranks, *, precision: str, checkpoint: Path | None
-) -> Ready:
+def ready(run: Run, begun: Start, task: Task, here: Ranks, checkpoint: Path | None) -> Ready:
     """Build the model and its optimizer and open the data, at step 0 or at `checkpoint`."""
     before = None if checkpoint is None else saving.read_state(checkpoint)
-    run = run_folder.settled(run, checkpoint)
+    asked, run = run, run_folder.settled(run, checkpoint)
     task = run.task or task
-    _warn(run, begun, task, here, begins=checkpoint is None)
+    _warn(run, asked, begun, task, here, begins=checkpoint is None)
+    precision = here.share(run_folder.precision(run, before))
+    here = here.computing_in(precision)
     if here.first and before is not None:
         _say_changed_layout(before, here)
+        _say_kept_precision(run, precision)
     _refuse_other_teacher(before, begun, here)
     lengths = task.lengths(run.train.sequence_length, begun.subject)
     run = micro_batch.chosen(run, begun, lengths, here, before, precision=precision)
@@ -132,13 +137,15 @@ def _first_state(trainee: Trainee, hashes: Hashes | None) -> RunState:
     return RunState(step=0, batches={}, identity={}, source_sha256=hashes)
 
 
-def _warn(run: Run, begun: Start, task: Task, here: Ranks, *, begins: bool) -> None:
+def _warn(run: Run, asked: Run, begun: Start, task: Task, here: Ranks, *, begins: bool) -> None:
     """Warn the user before a run costs time, and refuse it if it could not have begun.
 
-    A run that has already trained so only gets a warning (`first_refusals`, `Task.objection`).
+    A run that has already trained so only gets a warning (`first_refusals`, `Task.objection`). `asked` is the
+    run as the user wrote it.
     """
     data = dict.fromkeys(leg.run.data for leg in Course(run).legs)
-    wrong = [*first_refusals(run, begun, task), *filter(None, map(task.objection, data))]
+    idle = dict.fromkeys(task.idle_split(leg.run.data) for leg in Course(asked).legs)
+    wrong = [*first_refusals(run, begun, task, asked), *filter(None, [*map(task.objection, data), *idle])]
     if wrong and begins:
         raise UpcycleError(wrong[0])
     if here.first:
@@ -156,6 +163,14 @@ def _say_changed_layout(before: RunState, here: Ranks) -> None:
         f"step {before.step} was saved by {then.world} process(es) ({then}); it goes on with {here.world} "
         f"({here.layout})"
     )
+
+
+def _say_kept_precision(run: Run, precision: str) -> None:
+    """Say that a run keeps its precision on a machine that would give a new run another one."""
+    if (today := fit.precision(run)) != precision:
+        progress.say(
+            f"the run goes on in {precision}, in which it began; train.precision = auto would be {today} here"
+        )
 
 
 def _refuse_other_teacher(before: RunState | None, begun: Start, here: Ranks) -> None:

@@ -70,7 +70,10 @@ def first(
 
 
 def next_stage(trainee: Trainee, leg: Leg, anatomy: Anatomy | None) -> Trainee:
-    """Return a model in the next stage. What goes on being trained keeps the optimizer's state."""
+    """Return a model in the next stage. What goes on being trained keeps the optimizer's state.
+
+    The optimizer of `trainee` has no state afterwards, so that what is no longer trained leaves the memory.
+    """
     if trainee.recent is not None and _judged_by(leg.run) != _judged_by(trainee.run):
         trainee.recent.restore()
     if anatomy is None:
@@ -78,6 +81,7 @@ def next_stage(trainee: Trainee, leg: Leg, anatomy: Anatomy | None) -> Trainee:
     kept, updater = prepared(
         leg.run, trainee.model, trainee.start, trainee.routers, anatomy, before=trainee.optimizer
     )
+    trainee.optimizer.state.clear()
     return replace(trainee, run=leg.run, optimizer=updater, kept=kept)
 
 

@@ -18,7 +18,7 @@ from upcycle.errors import UpcycleError, listed
 from upcycle.hf import recorded
 from upcycle.records.run import RunRecord
 from upcycle.system import claim, lock
-from upcycle.training import averaging, beside, enter, exports, saving
+from upcycle.training import averaging, begun_in, beside, enter, exports, saving
 from upcycle.training.course import Course
 from upcycle.training.exports import Trained
 from upcycle.training.parallel import Ranks
@@ -135,7 +135,9 @@ def _origin(record: RunRecord, run_folder: Path, written: Sequence[Path], *, wit
             f"{run_folder} was trained with optimizer.name = {run.optimizer.name}, whose state "
             f"has no moments, as it is set, that a later run could take; leave them out"
         )
-    begun = start_of(replace(run, teacher=None))  # it may be gone
+    source = begun_in.found(run.source, record.begun_in)
+    alone = replace(run, source=source, teacher=None)  # a teacher may be gone
+    begun = start_of(alone, begun_in.opener(record.begun_in))
     for opened in begun.checkpoints:
         claim.refuse_near(written, opened.folder)
     if (begun.built.hash if begun.built else None) != record.blueprint_hash:

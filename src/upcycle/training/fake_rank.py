@@ -45,13 +45,12 @@ def as_rank(run: Run, begun: Start, rank: int, world: int, precision: str) -> It
             dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
         with parallel.ranks(
             run.parallel,
-            mixed=precision == "mixed",
             experts=experts,
             heads=attention_heads(begun.config),
         ) as here:
             if begun.teacher is not None and world > 1:  # it has no experts, and meshes of its own
                 meshes.meshes(replace(here.layout, ep=1))
-            yield here
+            yield here.computing_in(precision)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -21,6 +21,9 @@ from upcycle.training.run import Run
 def warnings(run: Run, built: Blueprint | None) -> list[str]:
     """Return warnings for the user before a run costs time: those of `plan` and those of the run itself."""
     out = [] if built is None else caveats.warnings(built)
+    if built is not None and run.from_scratch:
+        unread = caveats.of_weights(built)
+        out = [each for each in out if each not in unread]
     legs = Course(run).legs
     for leg in legs:
         found = leg.run.schedule.warnings(leg.steps)
@@ -91,6 +94,22 @@ def refuse_isolation(run: Run, task: Task, subject: Subject) -> None:
             f"data.isolate = true: {subject.architecture} cannot keep the documents of a row apart, because "
             f"{why}; set it to false"
         )
+
+
+def not_anew(run: Run) -> str | None:
+    """Return a sentence about a stage that is to read its data anew and does not; None if there is none.
+
+    Stages of the same [data] have one feed together, which goes on from stage to stage.
+    """
+    legs = Course(run).legs
+    for number, leg in enumerate(legs):
+        before = next((each for each in legs[:number] if each.run.data == leg.run.data), None)
+        if leg.anew and before is not None:
+            return (
+                f"stage {leg.name}: anew = true is for a [data] that no earlier stage has, and stage "
+                f"{before.name} has the same; take it out, or give the stage other sources or weights"
+            )
+    return None
 
 
 def precision(run: Run) -> str:

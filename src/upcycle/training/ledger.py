@@ -75,6 +75,11 @@ class Ledger:
     _queue: deque[tuple[Queued, float, str | None]] = field(default_factory=deque)
     _clock: float = field(default_factory=time.perf_counter)
 
+    def enter(self, flops: int) -> None:
+        """Go to another stage, whose rows cost `flops` each, and measure its pace anew."""
+        self.rate = replace(self.rate, flops=flops)
+        self._pace = None
+
     def begin(self) -> None:
         """Start the clock of the next step now, unless another step is still on its way."""
         if not self._queue:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.system.signals import interrupting, noted
-from upcycle.training import agreement, beginning, fit, parallel, recording, run_folder, stepping
+from upcycle.training import agreement, beginning, parallel, recording, run_folder, stepping
 from upcycle.training.examining import Examiner, examiner_of
 from upcycle.training.parallel import ranks
 from upcycle.training.run import Run
@@ -41,17 +41,11 @@ def train(
     save, and SIGTERM does what Ctrl-C does. Raises `UpcycleError` for a mistake of the user.
     """
     run = Run.of(run)
-    precision = fit.precision(run)
     mine = agreement.start_here(run, parallel.world_size())
     task = None if mine.begun is None else beginning.admitted(run, mine.begun)
     with ExitStack() as stack:
         here = stack.enter_context(
-            ranks(
-                run.parallel,
-                mixed=precision == "mixed",
-                experts=mine.expert_counts,
-                heads=mine.attention_heads,
-            )
+            ranks(run.parallel, experts=mine.expert_counts, heads=mine.attention_heads)
         )
         begun = agreement.agreed(mine, here)
         assert task is not None, "ranks agree on a start only if each has one"
@@ -59,7 +53,7 @@ def train(
         folders = [opened.folder for opened in begun.checkpoints]
         stack.enter_context(interrupting(signal.SIGTERM))
         checkpoint = stack.enter_context(run_folder.claimed(run, folders, here, resume=resume))
-        ready = beginning.ready(run, begun, task, here, precision=precision, checkpoint=checkpoint)
+        ready = beginning.ready(run, begun, task, here, checkpoint)
         run, out = ready.course.run, Path(run.out)
         if here.first:
             recording.write(ready, out)

@@ -100,7 +100,7 @@ class Metrics:
 
     def go_back(self, step: int) -> None:
         """Drop the lines after `step`, because those steps are taken again."""
-        self.file.close()
+        self._shut()
         path = self._path
         whole_file.write(path, b"".join(line + b"\n" for each, line in _read(path)[0] if each.step <= step))
         self.file = path.open("a")
@@ -129,9 +129,16 @@ class Metrics:
     def close(self) -> None:
         """Flush and close all outputs."""
         self.shown.close()
-        self.file.close()
+        self._shut()
         for sink in self.sinks:
             sink.finish()
+
+    def _shut(self) -> None:
+        """Close the file. On a full disk it lacks lines, which ends no run."""
+        try:
+            self.file.close()
+        except OSError as error:
+            self.warn(f"{self._path.name} lacks the last steps: {error.strerror}")
 
 
 def load_picture(layers: Sequence[LayerMetrics]) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 A batch that fits is one part. Otherwise it is cut into equal parts, whose gradients add up to the same, apart
 from the routers' losses if the shares of experts are buffered: the balance loss, and the others if rows have
-padding. The number is stored in checkpoints, so that a resumed run uses the same one.
+padding. The number is stored in checkpoints, so that a resumed run uses the same one. A run that had whole
+batches and goes on with fewer ranks is cut as well: a rank had as many rows in one pass and no more.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from dataclasses import replace
 import torch
 
 from upcycle.records.state import RunState
-from upcycle.system import memory
+from upcycle.sharding.layout import Layout
+from upcycle.system import memory, progress
 from upcycle.training import fit
 from upcycle.training.course import Course
 from upcycle.training.parallel import Ranks
@@ -41,19 +43,37 @@ def chosen(
 ) -> Run:
     """Return `run` with the number of rows of a forward pass; unchanged if all rows fit.
 
-    This is the number that the run asks for, the one it had when it stopped, or as many as fit.
+    This is the number that the run asks for, the one it had when it stopped, or as many as fit. With fewer
+    ranks than before, it is not more than a rank had then.
     """
     if run.train.micro_batch is not None:
         return run
-    if state is not None:
-        return run if state.micro_batch is None else _with(run, state.micro_batch)
+    if state is not None and state.micro_batch is not None:
+        return _with(run, state.micro_batch)
     share = run.train.rows // here.dp_size
+    before = None if state is None else _share_of(run, state)
+    if state is not None and (before is None or share <= before):
+        return run
     most = here.share(_rows_that_fit(run, begun, lengths, here, precision))
-    if most is None or share <= most or not _may_be_cut(run, begun):
+    most = min((rows for rows in (most, before) if rows is not None), default=None)
+    if most is None or share <= most:
+        return run
+    if not _may_be_cut(run, begun):
+        if before is not None and here.first:
+            progress.warn(
+                f"each process has {share} rows in one pass instead of {before}, because balance losses of "
+                f"parts do not add up if they are pooled; if memory runs out, take more processes, or set "
+                f"train.micro_batch"
+            )
         return run
     whole = fit.rows_of_groups(begun.built, lengths)
     sizes = [n for n in range(whole, share + 1, whole) if share % n == 0]
     return _with(run, max([n for n in sizes if n <= most] or sizes[:1], default=share))
+
+
+def _share_of(run: Run, state: RunState) -> int | None:
+    """Return a rank's rows of a step when `state` was saved; None if its file is too old to say."""
+    return None if state.layout is None else run.train.rows // Layout(**state.layout).dp
 
 
 def _with(run: Run, rows: int) -> Run:

@@ -46,6 +46,13 @@ class Ranks:
         """Return whether this rank prints and writes for all."""
         return self.rank == 0
 
+    def computing_in(self, precision: str) -> Ranks:
+        """Return the same ranks, whose models compute in this precision if they are sharded."""
+        if self.config is None:
+            return self
+        mixed = precision == "mixed" and self.dp_size > 1
+        return replace(self, config=replace(self.config, fsdp_mixed_precision=mixed))
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum `tensor` in place over the ranks that see different rows."""
         if self.dp_size > 1:
@@ -113,7 +120,6 @@ class Ranks:
 def ranks(
     parallel: Parallel,
     *,
-    mixed: bool = False,
     experts: Collection[int] | None = (),
     heads: Collection[int] = (),
 ) -> Iterator[Ranks]:
@@ -146,7 +152,6 @@ def ranks(
                     fsdp_size=layout.fsdp,
                     tp_size=layout.tp,
                     ep_size=layout.ep,
-                    fsdp_mixed_precision=mixed and layout.dp > 1,
                 ),
                 dp_group=meshes.meshes(layout).data,
             )

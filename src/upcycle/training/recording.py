@@ -12,7 +12,7 @@ import torch
 import upcycle
 from upcycle.errors import UpcycleError
 from upcycle.records.run import RunRecord, StartedFrom
-from upcycle.training import beside, effort, run_folder
+from upcycle.training import begun_in, beside, effort, run_folder
 from upcycle.training.beginning import Ready
 
 
@@ -61,6 +61,7 @@ def _record(ready: Ready) -> RunRecord:
         active_parameters=begun.active_parameters,
         from_scratch=begun.from_scratch,
         run=run.as_table(),
+        begun_in=begun_in.working_folder(),
         identity=run.identity(),
         source_sha256=state.source_sha256,
     )

@@ -27,6 +27,7 @@ class Role:
 
     kind: Kind = "rest"
     stacked: bool = False  # whether the first axis counts experts, so that each entry is a tensor of its own
+    transposed: bool = False  # whether a matrix is stored [in, out], and not [out, in]
     matrices: int = 1  # matrices above each other in the last two axes: 2 for a gate above its other half
     hidden: bool = False  # whether it is matrices between the embeddings and the head
 
@@ -59,6 +60,7 @@ def _role(kind: Kind, name: str, parameter: nn.Parameter, owner: nn.Module, *, i
     return Role(
         kind=kind,
         stacked=stacked,
+        transposed=matrix and isinstance(owner, Conv1D),
         matrices=2 if matrix and leaf in _GATE_ABOVE else 1,
         hidden=matrix and inside,
     )

@@ -7,21 +7,24 @@ import torch
 
 from upcycle.data.feeding import Feed
 from upcycle.records.state import RunState
-from upcycle.tasks import ON_HOST, POSITIONS, Batch, Task
+from upcycle.tasks import Batch
+from upcycle.training import held_out, transfer
 from upcycle.training.course import Leg
 from upcycle.training.feeds import Feeds
-from upcycle.training.parallel import Ranks
-from upcycle.training.run import Run
+from upcycle.training.held_out import HeldOut
+from upcycle.training.trainee import Trainee
 
 
 class Rows:
     """The rows that the model reads next, and those that it is scored on."""
 
-    held_out: Batch | None  # on the device; None if there are none, or if the run has no scores
+    held_out: HeldOut | None  # None if there are none, or if the run has no scores
 
-    def __init__(self, run: Run, task: Task, feeds: Feeds, here: Ranks, leg: Leg) -> None:
-        self._run, self._task, self._feeds, self._device = run, task, feeds, here.device
-        share = run.train.rows // here.dp_size
+    def __init__(self, trainee: Trainee, feeds: Feeds, leg: Leg) -> None:
+        self._train, self._task, self._feeds = trainee.run.train, trainee.task, feeds
+        self._whole = held_out.whole(trainee)
+        self._here = here = trainee.ranks
+        share = self._train.rows // here.dp_size
         self._part = slice(here.dp_rank * share, (here.dp_rank + 1) * share)
         self._feed: Feed | None = None
         self.enter(leg)
@@ -40,25 +43,21 @@ class Rows:
         return number, self._drawn()
 
     def on_device(self, batch: dict[str, np.ndarray]) -> Batch:
-        """Return a batch on the device. From pinned memory the copy waits for nothing that is queued.
-
-        Positions are on the host as well, where they tell what documents a row has.
-        """
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in batch.items()}
-        kept = {ON_HOST: tensors[POSITIONS]} if POSITIONS in tensors else {}
-        if self._device.type != "cuda":
-            return {name: tensor.to(self._device) for name, tensor in tensors.items()} | kept
-        moved = {n: tensor.pin_memory().to(self._device, non_blocking=True) for n, tensor in tensors.items()}
-        return moved | kept
+        """Return a batch on the device."""
+        return transfer.to_device(_tensors(batch), self._here.device)
 
     def _drawn(self) -> dict[str, np.ndarray]:
         assert self._feed is not None
-        return self._feed.next(self._run.train.rows, self._part)
+        return self._feed.next(self._train.rows, self._part)
 
-    def _held_out(self, feed: Feed) -> Batch | None:
+    def _held_out(self, feed: Feed) -> HeldOut | None:
         """Return the held-out rows: for examples all, unless the run asks for fewer."""
-        if not self._run.train.eval_every:
+        if not self._train.eval_every:
             return None
-        everything = self._task.by_example and self._run.train.eval_examples is None
-        batch = feed.held_out(None if everything else self._run.train.eval_rows)
-        return self.on_device(batch) if len(next(iter(batch.values()))) else None
+        everything = self._task.by_example and self._train.eval_examples is None
+        batch = _tensors(feed.held_out(None if everything else self._train.eval_rows))
+        return HeldOut.of(batch, self._here, self._whole) if len(next(iter(batch.values()))) else None
+
+
+def _tensors(batch: dict[str, np.ndarray]) -> Batch:
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}

@@ -39,10 +39,12 @@ class Train(Settings):
     section: ClassVar[str] = "train"
 
     steps: Annotated[int, AtLeast(1)] | None = None  # number of updates of the weights
-    tokens: Annotated[int, AtLeast(1)] | None = None  # instead of steps: as many whole steps as cover them
+    # instead of steps: as many whole steps as cover them; a row counts as sequence_length tokens, which are
+    # those of the encoder if there are an encoder and a decoder
+    tokens: Annotated[int, AtLeast(1)] | None = None
     # instead of steps, if rows are not tokens: images, pairs of texts
     examples: Annotated[int, AtLeast(1)] | None = None
-    # tokens of the global batch: all ranks, all accumulation steps
+    # tokens of the global batch: all ranks, all accumulation steps; counted as `tokens`
     batch_tokens: Annotated[int, AtLeast(1)] = 65_536
     batch_size: Annotated[int, AtLeast(1)] | None = None  # rows of the global batch, instead of batch_tokens
     # rows of one forward pass on one rank; None: as many as fit
@@ -60,7 +62,8 @@ class Train(Settings):
     only: tuple[str, ...] | None = None
     freeze: tuple[str, ...] | None = None  # what is not trained, in the same words; it goes over `only`
     clip_grad_norm: Annotated[float, AtLeast(0)] = 1.0  # largest norm of the gradient; 0: no clipping
-    # precision of the arithmetic; auto: mixed on an accelerator, float32 on a CPU
+    # precision of the arithmetic; auto: mixed on an accelerator and float32 on a CPU, or what the run has had
+    # if it goes on
     precision: Literal["auto", "float32", "mixed", "bfloat16"] = "auto"
     # whether to recompute blocks in the backward pass, to save memory; selective: all of a block but its
     # matrix products and attention

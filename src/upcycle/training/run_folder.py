@@ -15,8 +15,9 @@ from upcycle.errors import UpcycleError, listed
 from upcycle.nn.balance import BUFFERED, EXACT, Balance
 from upcycle.records.reader import load
 from upcycle.records.run import RunRecord
+from upcycle.records.state import PRECISIONS, RunState
 from upcycle.system import claim, lock, whole_file
-from upcycle.training import agreement, saving
+from upcycle.training import agreement, fit, saving
 from upcycle.training.course import Course
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run, train_of
@@ -137,6 +138,22 @@ def settled(run: Run, checkpoint: Path | None) -> Run:
     """
     recorded = _recorded(Path(run.out), checkpoint)
     return _settled_as(run, None if recorded is None else recorded[1])
+
+
+def precision(run: Run, before: RunState | None) -> str:
+    """Return the precision that a run asks for, the one it has had if it goes on, or that of today."""
+    if before is None or run.train.precision != "auto":
+        return fit.precision(run)
+    return before.precision or _recorded_precision(Path(run.out)) or fit.precision(run)
+
+
+def _recorded_precision(out: Path) -> str | None:
+    """Return the precision in run.json, because checkpoints of earlier versions have none."""
+    try:
+        found = read_record(out).precision
+    except UpcycleError:
+        return None
+    return found if found in PRECISIONS else None
 
 
 def _settled_as(run: Run, theirs: Any) -> Run:

@@ -16,6 +16,7 @@ from upcycle.system.signals import held
 from upcycle.system.wording import count
 from upcycle.training import back, effort, enter, held_out, ledger, metrics, saving, step, writers
 from upcycle.training.beginning import Ready
+from upcycle.training.course import Leg
 from upcycle.training.examining import Examiner
 from upcycle.training.ledger import Ledger, Rate
 from upcycle.training.metrics import Metrics
@@ -27,7 +28,7 @@ from upcycle.training.writers import Writer
 def take(ready: Ready, examiner: Examiner | None, out: Path, stop: Sequence[int]) -> RunState:
     """Take the steps of a run that are left; return its state at the end, or after a signal in `stop`."""
     run, here, state = ready.course.run, ready.trainee.ranks, ready.state
-    rows = Rows(run, ready.trainee.task, ready.feeds, here, ready.course.after(state.step))
+    rows = Rows(ready.trainee, ready.feeds, ready.course.after(state.step))
     log = Metrics(out, run.log, run.train.total_steps, state.step, run.as_table()) if here.first else None
     with ExitStack() as stack:
         if log is not None:
@@ -120,11 +121,17 @@ class Stepping:
                 break
 
     def _next_stage(self) -> None:
-        self._leg = self._course.at(self.state.step)
-        self.trainee = enter.next_stage(self.trainee, self._leg, self._anatomy)
-        self._rows.enter(self._leg)
-        self._book.rate = replace(self._book.rate, flops=self._flops())
+        leg = self._course.at(self.state.step)
+        self.trainee = enter.next_stage(self.trainee, leg, self._anatomy)
+        self._enter(leg)
         self._say(*self._notes())
+
+    def _enter(self, leg: Leg) -> None:
+        """Go to the rows and the costs of the stage in which the model is."""
+        changed, self._leg = leg != self._leg, leg
+        self._rows.enter(leg)
+        if changed:
+            self._book.enter(self._flops())
 
     def _due(self) -> Due:
         """Return what follows the next step."""
@@ -187,9 +194,7 @@ class Stepping:
             harmful,
             self._returns,
         )
-        self._leg = self._course.after(self.state.step)
-        self._rows.enter(self._leg)
-        self._book.rate = replace(self._book.rate, flops=self._flops())
+        self._enter(self._course.after(self.state.step))
         if self._log is not None:
             self._log.go_back(self.state.step)
         self._say(f"the run is back at step {self.state.step} and passes batch {harmful + 1}")
@@ -216,6 +221,7 @@ class Stepping:
             recent=recent,
             identity=self._run.identity(),
             micro_batch=self.trainee.run.train.micro_batch,
+            precision=self.trainee.precision,
             layout=asdict(self.trainee.ranks.layout),
         )
         with held():

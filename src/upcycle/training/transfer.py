@@ -1,4 +1,4 @@
-"""Numbers on their way from a device to the host, which goes on queueing work meanwhile."""
+"""What is on its way between the host and a device: rows, and numbers. Meanwhile the host queues work."""
 
 from __future__ import annotations
 
@@ -6,6 +6,20 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from upcycle.tasks import ON_HOST, POSITIONS, Batch
+
+
+def to_device(batch: Mapping[str, Tensor], device: torch.device) -> Batch:
+    """Return a batch of the host on a device. From pinned memory the copy waits for nothing that is queued.
+
+    Positions are on the host as well, where they tell what documents a row has.
+    """
+    kept = {ON_HOST: batch[POSITIONS]} if POSITIONS in batch else {}
+    if device.type != "cuda":
+        return {name: tensor.to(device) for name, tensor in batch.items()} | kept
+    moved = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
+    return moved | kept
 
 
 class Transfer:

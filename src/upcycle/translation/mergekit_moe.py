@@ -16,6 +16,7 @@ from upcycle.checkpoints.header import refuse_special
 from upcycle.errors import UpcycleError, listed, shown
 from upcycle.recipe import Recipe
 from upcycle.settings import AtLeast, Settings, keys, read, table_at, writing
+from upcycle.system.wording import quoted
 
 STATISTICS = "statistics.safetensors"  # what `upcycle calibrate` writes and the router's start reads
 PROMPTS = "prompts.toml"
@@ -87,10 +88,10 @@ class Translation:
         found = []
         if self.prompts:
             found.append(
-                f"upcycle calibrate {self.source} --prompts {prompts} --collect {self.collect} "
-                f"--out {STATISTICS}"
+                f"upcycle calibrate {quoted(self.source)} --prompts {quoted(prompts)} "
+                f"--collect {self.collect} --out {STATISTICS}"
             )
-        return (*found, f"upcycle convert {self.source} OUT --recipe {recipe}")
+        return (*found, f"upcycle convert {quoted(self.source)} OUT --recipe {quoted(recipe)}")
 
     def recipe_text(self, recipe: str, prompts: str = PROMPTS) -> str:
         """Return the recipe as a TOML file, with the commands above it."""

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from upcycle.cli.screen import out, quoted
+from upcycle.cli.screen import out
+from upcycle.system.wording import quoted
 
 if TYPE_CHECKING:
     from upcycle.advice.gather import Advice

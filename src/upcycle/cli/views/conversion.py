@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upcycle.cli.screen import out, quoted, show_warnings
-from upcycle.system.wording import count, size
+from upcycle.cli.screen import out, show_warnings
+from upcycle.system.wording import count, quoted, size
 
 if TYPE_CHECKING:
     from upcycle.blueprints.cost import Plan

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from upcycle.cli.screen import out, quoted
-from upcycle.system.wording import count
+from upcycle.cli.screen import out
+from upcycle.system.wording import count, quoted
 
 if TYPE_CHECKING:
     from upcycle.training.export import Exported

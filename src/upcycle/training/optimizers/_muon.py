@@ -104,8 +104,14 @@ class Muon(torch.optim.Optimizer):
         turned = self._orthogonal(parameter, update)
         value = local(parameter)
         value.mul_(1 - group["lr"] * group["weight_decay"] * go)
-        rows, columns = parameter.shape[-2] // self.roles[parameter].matrices, parameter.shape[-1]
-        value.addcmul_(turned.to(value.dtype), go * (-group["lr"] * factor(rows, columns, self.adjust)))
+        by = group["lr"] * self._factor(parameter)
+        value.addcmul_(turned.to(value.dtype), go * -by)
+
+    def _factor(self, parameter: Tensor) -> float:
+        """Return the factor on the update of each matrix, which goes by the shape of its map [out, in]."""
+        role = self.roles[parameter]
+        rows, columns = parameter.shape[-2] // role.matrices, parameter.shape[-1]
+        return factor(*((columns, rows) if role.transposed else (rows, columns)), self.adjust)
 
     def _orthogonal(self, parameter: Tensor, update: Tensor) -> Tensor:
         """Return this rank's part of the orthogonalised update.

@@ -1,0 +1,18 @@
+"""The names of numbered classes, as `datasets` stores a ClassLabel in the schema of a parquet file."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+def names_in(schema: Any, column: str) -> tuple[str, ...]:
+    """Return the names of the classes of a column in the order of their numbers; empty if there are none.
+
+    `schema` is the schema of a parquet file as pyarrow reads it (`ParquetFile.schema_arrow`).
+    """
+    try:
+        feature = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]
+        return tuple(map(str, feature["names"])) if feature["_type"] == "ClassLabel" else ()
+    except (KeyError, TypeError, ValueError):
+        return ()

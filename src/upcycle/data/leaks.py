@@ -1,0 +1,105 @@
+"""Held-out rows that are trained on all the same, because two sources of data have files in common.
+
+Each source holds rows of its own out: the last ones, or, of labelled examples, some that `data.split_seed`
+draws. If two sources have the same files in the same order, they hold out the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+
+from upcycle.data.corpus import Data
+from upcycle.data.documents import PLAIN, Source, hub_name, is_dataset, kind, saved_splits
+from upcycle.data.folders import files_below
+from upcycle.data.image_files import ENDINGS
+
+
+def shared(one: Source, other: Source) -> Path | None:
+    """Return the first file that two sources have in common, behind all links; None if there is none.
+
+    A data set on the hub counts as one file for each split.
+    """
+    return _shared(_files(one), _files(other))
+
+
+def within(data: Data) -> str | None:
+    """Return a sentence about a held-out row of a source that another source trains on; None if none is."""
+    if not data.held_out or len(data.sources) == 1:
+        return None
+    read = [(source, _files(source)) for source in data.sources]
+    for (one, here), (other, there) in combinations(read, 2):
+        file = _shared(here, there)
+        if file is None or _same(one, here, other, there) or _other_texts(one, other, file):
+            continue
+        return (
+            f"the data.sources {one.path} and {other.path} both read {file.name}, and each holds out other "
+            f"rows of it, so data.held_out = {data.held_out:g} has rows that are trained on; name each file "
+            f"in one source, or set data.held_out = 0"
+        )
+    return None
+
+
+def later(tables: Sequence[Data]) -> str | None:
+    """Return a sentence about a row that one table holds out and an earlier one trains on; None if none is.
+
+    `tables` are those of the stages of a run, in order.
+    """
+    return next(filter(None, (_between(*pair) for pair in combinations(tables, 2))), None)
+
+
+def _between(before: Data, after: Data) -> str | None:
+    if not after.held_out or (before.sources == after.sources and _holds_out_as_much(before, after)):
+        return None
+    for one in before.sources:
+        here = _files(one)
+        for other in after.sources:
+            there = _files(other)
+            file = _shared(here, there)
+            if file is None or _other_texts(one, other, file):
+                continue
+            if _same(one, here, other, there) and _holds_out_as_much(before, after):
+                continue
+            return (
+                f"a stage is scored on {after.held_out:g} of {other.path}, which it holds out, and an "
+                f"earlier stage trains on some of that, because it holds out {before.held_out:g} of "
+                f"{one.path}; give both the same sources, held_out and split_seed, or other files"
+            )
+    return None
+
+
+def _holds_out_as_much(before: Data, after: Data) -> bool:
+    """Return whether `before` holds out what `after` does of the same source, and perhaps more."""
+    return before.held_out >= after.held_out and (before.split_seed or 0) == (after.split_seed or 0)
+
+
+def _files(source: Source) -> tuple[Path, ...]:
+    """Return the files that a source may read, behind all links, in order; itself if it is not a folder."""
+    if hub_name(source) is not None:
+        return (Path(source.path, source.split),)
+    path = Path(source.path)
+    path = path / source.split if saved_splits(path) else path
+    if not path.is_dir():
+        return (path.resolve(),)
+    whole = is_dataset(source)
+    return tuple(
+        file.resolve()
+        for file in files_below(path)
+        if whole or kind(file) is not None or file.suffix.lower() in ENDINGS
+    )
+
+
+def _shared(here: Sequence[Path], there: Sequence[Path]) -> Path | None:
+    known = {*there}
+    return next((file for file in here if file in known), None)
+
+
+def _same(one: Source, here: Sequence[Path], other: Source, there: Sequence[Path]) -> bool:
+    """Return whether two sources have the same rows in the same order."""
+    return here == there and (one.field, one.separator) == (other.field, other.separator)
+
+
+def _other_texts(one: Source, other: Source, file: Path) -> bool:
+    """Return whether two sources read other columns of a file that both have."""
+    return one.field != other.field and kind(file) not in PLAIN
