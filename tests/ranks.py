@@ -228,7 +228,8 @@ def routed(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[dict
     out = []
     for layout, changes in cases:
         run = run_of(source, layout, changes)
-        with ranks(run.parallel, mixed=True, experts=experts_of(run)) as here:
+        with ranks(run.parallel, experts=experts_of(run)) as every:
+            here = every.computing_in("mixed")
             trainee = trainee_of(run, here, "mixed")
             assert trainee.routers is not None
             pairs = [*zip(trainee.routers.names, trainee.routers.modules, strict=True)]
@@ -257,7 +258,7 @@ def routed(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[dict
             batch = batch_of(run, trainee.task)
             share = run.train.rows // here.dp_size
             mine = {name: t[here.dp_rank * share :][:share] for name, t in batch.items()}
-            held_out.score(trainee, batch)  # without a backward pass, after which FSDP would free them
+            score_of(trainee, batch)  # without a backward pass, after which FSDP would free them
             outcome = step.train_step(trainee, mine, 0, 1e-3)
             after = {name: whole(p) for name, p in trainee.model.named_parameters() if name in held}
             out.append({"before": before, "read": read, "gradients": kept, "after": after})
