@@ -18,7 +18,7 @@ from upcycle.dense import mixtures
 from upcycle.dense.admission import admit, has_experts, that_find
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError, listed
-from upcycle.families._wrappers import TEXT
+from upcycle.families._wrappers import TEXT, config_key
 from upcycle.nn import router_rows, routers
 from upcycle.nn.router_rows import RouterRows
 from upcycle.recipe import Recipe
@@ -27,6 +27,8 @@ from upcycle.system.wording import place_of
 from upcycle.targets import Block, Target
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy, Stored, blocks
+
+_OTHER_SHAPE = "experts are not of the shape of the dense networks: no similarity to them"
 
 
 def inspect(
@@ -140,7 +142,12 @@ def _add_start(
     except UpcycleError as error:
         notes.append(f"what the experts began as cannot be made again: {error}")
         return
-    if built.hash != made.blueprint_hash or (made.training and made.training[0].from_scratch):
+    known = {"source": made.source.sha256, **{n: d.sha256 for n, d in made.source.donors.items()}}
+    if (
+        built.hash != made.blueprint_hash
+        or (made.training and made.training[0].from_scratch)
+        or any(_differs(each, known.get(each.label, {})) for each in built.checkpoints)
+    ):
         notes.append("what the experts began as cannot be made again: it was from other weights")
         return
     lazies = {name: entry.lazy for name, entry in built.entries.items()}
@@ -148,6 +155,11 @@ def _add_start(
     for row, part in zip(layers, begun, strict=True):
         if part.router is not None:
             row["cosine_between_at_start"] = _between(_cosines(part.experts))
+
+
+def _differs(opened: Checkpoint, recorded: Mapping[str, str]) -> bool:
+    """Return whether files of weights are not those whose hashes were recorded, if any were."""
+    return bool(recorded) and sorted(opened.hashes().values()) != sorted(recorded.values())
 
 
 def _dense_source(
@@ -172,10 +184,13 @@ def _dense_source(
         notes.append(f"{lost}; name it with --source to compare experts with it")
         return {}
     try:
-        return _admitted(str(recorded), parts, drop, made, notes)
+        found = _admitted(str(recorded), parts, drop, made, notes)
     except UpcycleError as error:
         notes.append(f"its source cannot be compared with: {error}")
         return {}
+    if any(_differs(dense.checkpoint, made.source.sha256) for dense in list(found.values())[:1]):
+        notes.append(f"compared with {recorded}, whose weights have changed since it was made from them")
+    return found
 
 
 def _admitted(
@@ -205,8 +220,8 @@ def _row(part: Block, dense: Dense | None, notes: list[str]) -> dict[str, Any]:
     experts = part.experts
     original = None if dense is None else dense.comparable(part.layer, part.stack)
     comparable = original is not None and original.up.shape == experts[0].up.shape
-    if original is not None and not comparable and not notes:
-        notes.append("experts are not of the shape of the dense networks: no similarity to them")
+    if original is not None and not comparable and _OTHER_SHAPE not in notes:
+        notes.append(_OTHER_SHAPE)
     everyone = [*experts, original] if comparable and original is not None else experts
     cosine = _cosines(everyone)
     count = len(experts)
@@ -237,15 +252,21 @@ def _of_routers(
     parts: Sequence[Block], layers: Sequence[dict[str, Any]], config: Mapping[str, Any]
 ) -> list[str]:
     """Return a note for experts that can never win, in routers whose scores are products with their rows."""
-    moe = config.get("moe")
-    table = moe if isinstance(moe, list) else []
-    names = {entry["stack"]: entry.get("router", {}).get("name", "top_k") for entry in table}
     found = {
         place_of(part.place, part.layer): RouterRows.of(row["router"])
         for part, row in zip(parts, layers, strict=True)
-        if part.router is not None and routers.find(names.get(part.stack, "top_k")).linear
+        if part.router is not None and routers.find(_router_of(part, config)).linear
     }
     return router_rows.warnings(found)
+
+
+def _router_of(block: Block, config: Mapping[str, Any]) -> str:
+    """Return the name of the router of a block. A multimodal model says it in the config of the part."""
+    own = config.get(config_key(block.part))
+    moe = (own if isinstance(own, Mapping) and "moe" in own else config).get("moe")
+    table = moe if isinstance(moe, list) else []
+    names = {entry["stack"]: entry.get("router", {}).get("name", "top_k") for entry in table}
+    return str(names.get(block.stack, "top_k"))
 
 
 def _between(cosine: np.ndarray) -> dict[str, float] | None:

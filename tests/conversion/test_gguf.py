@@ -55,6 +55,8 @@ def test_what_it_refuses(moe, dense, tmp_path, monkeypatch):
     out = tmp_path / "out.gguf"
     with pytest.raises(UpcycleError, match=r"has no config\.json; give the folder of a model"):
         gguf(tmp_path, out)
+    with pytest.raises(UpcycleError, match=r"has no config\.json; give the folder of a model"):
+        gguf(str(tmp_path), str(out))
     with pytest.raises(UpcycleError, match=r"ends in \.gguf"):
         gguf(folder, tmp_path / "out.bin")
     with pytest.raises(UpcycleError, match="it can be auto, f32, f16, bf16, q8_0"):

@@ -190,6 +190,21 @@ def test_experts_in_the_vision_tower(kind, part, made, tmp_path):
     assert float((tiny_wrappers.logits(model, kind) - wanted).abs().max()) > 1e-3
 
 
+def test_rows_are_judged_by_the_router_of_their_part(made, tmp_path):
+    """Equal rows of `soft` are no fault: its slots are told apart by something else."""
+    for router in ("soft", "expert_choice"):
+        out = tmp_path / router
+        moe = {"num_experts": 2, "part": "vision"}
+        convert(made("gemma3"), out, Recipe.of(moe=moe, router={"name": router}))
+        tensors = load_file(out / "model.safetensors")
+        for name in tensors:
+            if "router.weight" in name:
+                tensors[name][:] = tensors[name][:1]
+        save_file(tensors, out / "model.safetensors", {"format": "pt"})
+        notes = upcycle.inspect(out).notes
+        assert any("go to both or to neither" in note for note in notes) == (router != "soft")
+
+
 def test_a_vision_tower_has_settings_of_its_own(made, tmp_path):
     recipe = Recipe.of(
         moe={"num_experts": 2, "part": "text+vision"},

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,6 +22,7 @@ from upcycle.evaluation import results, text
 from upcycle.evaluation.batch_size import BatchSize
 from upcycle.evaluation.comparison import compare
 from upcycle.evaluation.differences import Sums, difference
+from upcycle.evaluation.no_numbers import NoNumbersError
 from upcycle.evaluation.scores import ToScore, evaluate, score
 
 STORY = (
@@ -249,8 +252,6 @@ def test_other_tokenizers_are_compared_by_bits_per_byte_alone(trainable, byte_mo
 
 
 def test_images_are_paired(tmp_path):
-    from PIL import Image
-
     from upcycle.hf import models
 
     random = np.random.default_rng(0)
@@ -284,6 +285,34 @@ def test_images_are_paired(tmp_path):
     assert row["difference"] == pytest.approx(float((accuracies[1] - accuracies[0]).mean()))
     assert row["standard_error"] == pytest.approx(float(stats.sem(accuracies[1] - accuracies[0])))
     assert (row["kind"], row["units"], row["count"]) == ("few_shot", "seeds", 5)
+
+
+# A model without numbers
+
+
+def with_nan(folder: Path, out: Path, name: str) -> Path:
+    """A copy of a checkpoint, with NaN for the first weight of its tensor `name`."""
+    tensors = load_file(shutil.copytree(folder, out) / "model.safetensors")
+    tensors[name].view(-1)[0] = math.nan
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+def test_a_model_that_gives_nan_has_no_score(byte_model, story, tmp_path, capsys):
+    """The likeliest of NaN is token 0 or class 0, which can be right."""
+    broken = with_nan(byte_model, tmp_path / "text", "model.layers.1.mlp.down_proj.weight")
+    with pytest.raises(SystemExit) as stopped:
+        main(["eval", str(byte_model), str(broken), "--text", str(story), "--limit", "1"])
+    assert stopped.value.code == 2
+    assert f"{broken} gives NaN where a score needs numbers" in capsys.readouterr().err
+    assert not (broken / "eval.json").exists()
+    images = tmp_path / "images" / "0"
+    images.mkdir(parents=True)
+    Image.fromarray(np.zeros((12, 12, 3), np.uint8)).save(images / "a.png")
+    vit = make(tmp_path / "vit", "ViTForImageClassification")
+    broken = with_nan(vit, tmp_path / "images_of", "classifier.weight")
+    with pytest.raises(NoNumbersError, match="images_of gives NaN"):
+        evaluate(broken, ToScore(images=images.parent))
 
 
 # Standard errors
@@ -402,8 +431,6 @@ def test_the_batch_size_changes_nothing(byte_model, story):
 
 def test_rows_come_again_where_memory_ran_out(tmp_path, monkeypatch):
     """Images, spans of T5, features: none is left out or counted twice when a batch is halved."""
-    from PIL import Image
-
     from upcycle.hf import models
 
     random = np.random.default_rng(0)
@@ -522,7 +549,7 @@ def test_out_replaces_nothing_but_results(byte_model, story, tmp_path, capsys):
         with pytest.raises(SystemExit) as stopped:
             main([*command, str(folder / name)])
         assert stopped.value.code == 2
-        assert "exists already and is not what `upcycle eval` writes" in capsys.readouterr().err
+        assert "exists already and is not what `upcycle eval --out` writes" in capsys.readouterr().err
         assert (folder / name).read_bytes() == before
     for other in (deep, tmp_path):
         with pytest.raises(SystemExit):
@@ -533,7 +560,23 @@ def test_out_replaces_nothing_but_results(byte_model, story, tmp_path, capsys):
     first = out.read_bytes()
     main([*command, str(out)])
     assert out.read_bytes() == first
-    assert not (folder / "eval.json").exists()
+    # Nor the scores that lie beside a checkpoint, wherever they are now, nor a comparison in their place.
+    main(command[:-1])
+    recorded, moved = folder / "eval.json", tmp_path / "moved.json"
+    before = recorded.read_bytes()
+    moved.write_bytes(before)
+    for scores, message in (
+        (recorded, "is for the scores of that checkpoint alone"),
+        (moved, "exists already and is not what `upcycle eval --out` writes"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*command, str(scores)])
+        assert message in capsys.readouterr().err
+        assert scores.read_bytes() == before
+    recorded.unlink()
+    with pytest.raises(SystemExit):
+        main([*command, str(recorded)])
+    assert not recorded.exists()
 
 
 @pytest.mark.parametrize(

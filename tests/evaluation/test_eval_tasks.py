@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from conftest import SHARED
@@ -17,12 +19,15 @@ from tiny import make, make_bytes_tokenizer, make_dense
 from upcycle import Recipe, UpcycleError, convert
 from upcycle.cli import main
 from upcycle.data import corpus
+from upcycle.data.feeding import Feeding
 from upcycle.dense.subject import Subject
 from upcycle.evaluation import task_files
 from upcycle.evaluation.comparison import compare
 from upcycle.evaluation.language_model import LanguageModel, Pair
+from upcycle.evaluation.no_numbers import NoNumbersError
 from upcycle.evaluation.scores import ToScore, evaluate, score
 from upcycle.hf import models
+from upcycle.tasks.span_corruption import SpanCorruption
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'upcycle[eval]'")
 
@@ -310,21 +315,57 @@ def test_likelihoods_and_texts_are_those_of_the_harness_own_model(dense_model):
         ours.generate_until(sampled)
 
 
-def test_an_encoder_decoder_is_scored_as_the_harness_own_model_scores_it(tmp_path):
+@pytest.mark.parametrize(
+    ("architecture", "sizes"),
+    [("T5ForConditionalGeneration", {}), ("BartForConditionalGeneration", {"max_position_embeddings": 32})],
+)
+def test_an_encoder_decoder_is_scored_as_the_harness_own_model_scores_it(architecture, sizes, tmp_path):
     from lm_eval.api.instance import Instance
 
     from upcycle.evaluation.harness_model import HarnessModel
 
-    folder = make(tmp_path / "t5", "T5ForConditionalGeneration", vocab_size=300, eos_token_id=2)
+    folder = make(tmp_path / "model", architecture, vocab_size=300, eos_token_id=2, **sizes)
     make_bytes_tokenizer(folder)
-    pairs = [
-        Instance("loglikelihood", {}, p, 0) for p in (("Once upon", "a time"), ("a longer context", "b"))
-    ]
+    asked = ("Once upon", "a time"), ("a longer context" * 3, "b")
+    pairs = [Instance("loglikelihood", {}, each, 0) for each in asked]
     ours, other = HarnessModel(language(folder)), theirs(folder, backend="seq2seq")
     for (mine, greedy), (wanted, same) in zip(
         ours.loglikelihood(pairs), other.loglikelihood(pairs, disable_tqdm=True), strict=True
     ):
         assert (mine, greedy) == (pytest.approx(wanted, rel=1e-5), same)
+
+
+def test_an_encoder_decoder_reads_the_ends_of_what_is_too_long(tmp_path):
+    """The end of a prompt, and that of a continuation without anything between it and its context."""
+    folder = make(
+        tmp_path / "bart", "BartForConditionalGeneration", vocab_size=300, max_position_embeddings=32
+    )
+    make_bytes_tokenizer(folder)
+    model = language(folder)
+    long = [3 + i % 200 for i in range(50)]
+    ids = model.model.generate(torch.tensor([long[-32:]]), max_new_tokens=32, do_sample=False, num_beams=1)
+    wanted = model.tokenizer.decode(ids[0, 1:], skip_special_tokens=True)
+    assert wanted
+    assert model.generate([long, long[:5]], most=32)[0] == wanted
+    with pytest.raises(UpcycleError, match="33 tokens are to be generated and the model has 32 positions"):
+        model.generate([long], most=33)
+    (found,) = model.likelihoods([Pair(long[:5], long)])
+    with torch.inference_mode():
+        loss = model.model(input_ids=torch.tensor([long[:5]]), labels=torch.tensor([long[-32:]])).loss
+    assert found.nats.mean() == pytest.approx(float(loss), rel=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "T5ForConditionalGeneration"])
+def test_a_model_that_gives_nan_has_no_likelihood_and_no_text(architecture, tmp_path):
+    folder = make(tmp_path / "model", architecture, vocab_size=300)
+    make_bytes_tokenizer(folder)
+    broken = language(folder)
+    with torch.no_grad():
+        broken.model.get_output_embeddings().weight[7, 0] = math.nan
+    with pytest.raises(NoNumbersError, match="model gives NaN where a score needs numbers"):
+        broken.likelihoods([Pair([3, 4], [5])])
+    with pytest.raises(NoNumbersError, match="model gives NaN where a score needs numbers"):
+        broken.generate([[3, 4]], most=2)
 
 
 # Dense and Mixture of Experts
@@ -490,3 +531,10 @@ def test_a_class_without_likelihoods(tmp_path, folders):
     folder = make(tmp_path / "bert", "BertForMaskedLM")
     with pytest.raises(UpcycleError, match="gives no text a likelihood"):
         evaluate(folder, ToScore(tasks=("piqa",), task_files=folders[0]))
+    folder = make(tmp_path / "whisper", "WhisperForConditionalGeneration")
+    for asked in (ToScore(tasks=("piqa",), task_files=folders[0]), ToScore(text=folders[0] / "piqa.jsonl")):
+        with pytest.raises(UpcycleError, match="reads sound and no text"):
+            evaluate(folder, asked)
+    feeding = Feeding.of_file(folders[0] / "piqa.jsonl", length=16, cache=tmp_path)
+    with pytest.raises(UpcycleError, match="reads sound, and the task"):
+        SpanCorruption().feed(feeding, Subject.of(folder))

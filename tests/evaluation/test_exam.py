@@ -59,6 +59,13 @@ def test_tasks_are_scored_during_training(table, tasks, tmp_path):
     assert not Path(bad["out"]).exists()
 
 
+def test_a_run_that_diverges_goes_on_without_scores(table, tmp_path, caplog):
+    """NaN in all logits would give it 100 % on some tasks."""
+    upcycle.train(table | {"schedule": {"name": "constant", "peak": 1e38}, "spikes": {"nonfinite": "skip"}})
+    assert [line.scores for line in read(tmp_path / "run")] == [None, {}, {}]
+    assert "the model gives NaN, so its tasks have no scores" in caplog.messages
+
+
 @pytest.mark.slow
 def test_ranks_that_share_a_model_score_as_one_process_does(table, tmp_path):
     """Likelihoods and greedy texts, in the middle of training and at its end; no loss is another one."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import tiny
 import upcycle
@@ -232,7 +233,7 @@ def test_the_command_line(mixtral, texts, trainable, tmp_path, capsys):
 
 def test_similarity_when_training_began(trainable, tmp_path, capsys):
     """Of a trained checkpoint: what `inspect` says of what `convert` writes by the same recipe."""
-    source, text = trainable
+    source, text = Path(shutil.copytree(trainable[0], tmp_path / "dense")), trainable[1]
     recipe = {"moe": {"num_experts": 4}, "init": {"name": "drop", "ratio": 0.5}}
     run = {
         "source": str(source), "out": str(tmp_path / "run"), "data": {"sources": [{"path": str(text)}]},
@@ -249,6 +250,15 @@ def test_similarity_when_training_began(trainable, tmp_path, capsys):
         assert "cosine_between_at_start" not in start
     cli.main(["inspect", str(tmp_path / "trained")])
     assert "began at" in capsys.readouterr().out
+    # If the source has other weights now, nothing is said about how the experts began.
+    weights = source / "model.safetensors"
+    save_file({n: t + 0.01 for n, t in load_file(weights).items()}, weights, {"format": "pt"})
+    found = inspect(tmp_path / "trained")
+    assert not any("cosine_between_at_start" in row for row in found["layers"])
+    assert found["notes"] == [
+        f"compared with {source}, whose weights have changed since it was made from them",
+        "what the experts began as cannot be made again: it was from other weights",
+    ]
 
 
 @pytest.mark.parametrize(

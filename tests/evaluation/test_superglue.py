@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import f1_score
+from transformers import AutoTokenizer
 
 from conftest import SHARED
+from tiny import make
 from upcycle import Recipe, UpcycleError, convert
 from upcycle.evaluation import superglue, text_to_text
 from upcycle.evaluation.comparison import compare
 from upcycle.evaluation.scores import ToScore, evaluate, score
 from upcycle.evaluation.superglue import TASKS, Example
+from upcycle.hf import models
 
 REAL = SHARED / "real" / "tasks"
 
@@ -388,6 +392,33 @@ def test_ranks_are_by_the_likelihood_of_the_whole_answer(t5):
             right.append(int(np.argmin(losses)) == example.label)
         assert found[kind]["rank_accuracy"]["value"] == pytest.approx(np.mean(right))
     assert "rank_accuracy" not in found["record"]
+
+
+def test_a_prompt_is_cut_at_its_end_to_what_the_model_reads(t5, tmp_path, monkeypatch):
+    """As T5 cuts it to 512 tokens: the name of the task and the EOS stay."""
+    folder, _, examples = t5
+    monkeypatch.setattr("upcycle.evaluation.text_to_text.TARGET", 4)
+    bart = make(tmp_path / "bart", "BartForConditionalGeneration", vocab_size=300, max_position_embeddings=6)
+    for path in folder.glob("tokenizer*"):
+        shutil.copy(path, bart)
+    tokenizer, model = AutoTokenizer.from_pretrained(bart), models.open(bart).eval()
+    rows = (t5[1] / "cb.jsonl").read_text()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "cb.jsonl").write_text(rows)
+    right = []
+    for example in examples["cb"]:
+        whole = tokenizer(example.prompt).input_ids
+        ids = torch.tensor([[*whole[:5], whole[-1]]])
+        assert len(whole) > 6
+        with torch.inference_mode():
+            losses = [
+                float(model(input_ids=ids, labels=answer).loss) * answer.numel()
+                for label in TASKS["cb"].labels
+                for answer in [tokenizer(label, return_tensors="pt").input_ids]
+            ]
+        right.append(int(np.argmin(losses)) == example.label)
+    (found,) = evaluate(bart, ToScore(superglue=tmp_path / "data"))["results"]
+    assert found["metrics"]["rank_accuracy"]["value"] == pytest.approx(np.mean(right))
 
 
 def test_dense_and_upcycled_are_paired(t5, tmp_path):

@@ -8,6 +8,7 @@ import json
 import math
 import random
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import pytest
 import left_behind
 from damage import spoil
 from left_behind import DENSE, LENGTH, MOE, ROWS, write_checkpoint, write_run
-from upcycle import UpcycleError, cli
+from upcycle import Recipe, UpcycleError, cli, convert
 from upcycle.reporting import drawing, figures, report, sections
 from upcycle.reporting.comparison import Comparison, Group, compare
 from upcycle.reporting.crossing import crossing, standing
@@ -30,6 +31,9 @@ from upcycle.reporting.page import render
 from upcycle.reporting.runs import read_run
 from upcycle.reporting.starts import DenseCost, start_cost
 from upcycle.reporting.study import study
+from upcycle.training import loop, metrics
+from upcycle.training.export import export
+from upcycle.training.run import Run
 
 BATCH = ROWS * LENGTH
 
@@ -252,6 +256,31 @@ def test_exports_of_one_seed_are_no_seeds(tmp_path, monkeypatch):
     assert row[2:] == ("0.6500 ± 0.1500", "0.6000 ± 0.0100", "0.7000 ± 0.0100 *")
 
 
+def test_an_export_joins_its_run_after_that_was_lengthened(tmp_path, monkeypatch):
+    """Also if it went on with another micro batch. A run in another folder is another run."""
+    monkeypatch.setattr("upcycle.reporting.checkpoints._anatomy", lambda folder: None)
+    run = write_run(tmp_path / "run", lambda t: 2.0, steps=20)
+    early = write_checkpoint(tmp_path / "early", run, step=20)
+    stranger = write_checkpoint(
+        tmp_path / "stranger", write_run(tmp_path / "other", lambda t: 2.0, steps=20), step=20
+    )
+    shutil.rmtree(run)
+    write_run(run, lambda t: 2.0, steps=40, train={"micro_batch": 2}, log={"every": 5})
+    late = write_checkpoint(tmp_path / "late", run, step=40)
+    found = study([run, early, late, stranger], DenseCost()).columns()
+    assert [(c.label, c.checkpoints[0].name) for c in found] == [
+        ("dense, continued", "late"), ("dense, continued, step 20", "early"), ("stranger", "stranger"),
+    ]  # fmt: skip
+    stages = [{"name": "warm", "train": {"steps": 10}}, {"name": "all", "train": {"steps": 10}}]
+    longer = [stages[0], {"name": "all", "train": {"steps": 30}}]
+    run = write_run(tmp_path / "staged", lambda t: 2.0, steps=20, stage=stages)
+    early = write_checkpoint(tmp_path / "first", run, step=20)
+    shutil.rmtree(run)
+    write_run(run, lambda t: 2.0, steps=40, stage=longer)
+    (column,) = study([run, early], DenseCost()).columns()
+    assert column.label == "dense, continued, step 20"
+
+
 def test_a_mean_of_checkpoints_is_called_one(tmp_path, monkeypatch):
     """It shares a column with means of the same steps alone, and so does one expert of a model."""
     monkeypatch.setattr("upcycle.reporting.checkpoints._anatomy", lambda folder: None)
@@ -288,8 +317,8 @@ def test_a_recipe_is_told_by_its_router(tmp_path, monkeypatch):
     monkeypatch.setattr("upcycle.reporting.checkpoints._anatomy", lambda folder: None)
     run = write_run(tmp_path / "run", lambda t: 2.0, moe={})
     recipes = {
-        "routed": ({"router": {"name": "top_k"}}, "4 experts, top-2, init drop"),
-        "chosen": ({"router": {"name": "expert_choice"}}, "4 experts, expert choice, init drop"),
+        "routed": ({"router": {"name": "top_k"}}, "4 experts, top-2, drop"),
+        "chosen": ({"router": {"name": "expert_choice"}}, "4 experts, expert choice, drop"),
         "deeper": ({"moe": {"target": "depth_tiled", "depth": 3}}, "every block 3 times"),
     }
     for name, (changes, _) in recipes.items():
@@ -419,6 +448,46 @@ def test_a_tokenizer_is_known_by_its_bytes(tmp_path):
         (tmp_path / name / "tokenizer.json").write_text(text)
         folders.append(write_run(tmp_path / f"run-{name}", lambda t: 2.0, source=str(tmp_path / name)))
     assert [run.name for run, _ in compared(*folders).foreign] == ["run-c"]
+
+
+def test_a_tokenizer_outlives_its_folder(tmp_path):
+    """As the copy that a run keeps, or as that of a source with the same weights."""
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense" / "tokenizer.json").write_text("{}")
+    there, gone = (
+        hashed(write_run(tmp_path / f"of-{name}", lambda t: 2.0, source=str(tmp_path / name)), "1")
+        for name in ("dense", "gone")
+    )
+    other = hashed(write_run(tmp_path / "of-other", lambda t: 2.0, source=str(tmp_path / "other")), "2")
+    kept = write_run(tmp_path / "kept", lambda t: 2.0, data={"tokenizer": "gone too"})
+    (kept / "beside" / "tokenizer-0").mkdir(parents=True)
+    (kept / "beside" / "tokenizer-0" / "tokenizer.json").write_text("{}")
+    assert [run.name for run, _ in compared(gone, other, there, kept).foreign] == ["of-other"]
+    assert compared(gone, hashed(there, "1")).foreign == ()
+
+
+def test_seeds_are_those_of_one_checkpoint_however_its_path_is_written(tmp_path):
+    """Another checkpoint at the same path is another model."""
+
+    def runs(role: str, *given: tuple[str, str | None]) -> list[tuple[str, int]]:
+        folder, made = tmp_path / role, []
+        for seed, (path, sha256) in enumerate(given):
+            where = folder / f"{len(list(folder.glob('*')))}"
+            named = {"source": path} if role == "source" else {"teacher": {"source": path}}
+            run = write_run(where, lambda t: 2.0, seed=seed, data={"tokenizer": "one"}, **named)
+            made.append(hashed(run, sha256, role))
+        return [(group.label, len(group.runs)) for group in compared(*made).groups]
+
+    for role in ("source", "teacher"):
+        one = ("dense", "1"), ("./dense", "1"), ("/home/dense", "1")
+        assert runs(role, *one) == [("dense, continued", 3)]
+        assert runs(role, *one[:2], ("small", "2")) == [
+            (f"dense, continued, {role} dense", 2), (f"dense, continued, {role} small", 1)
+        ]  # fmt: skip
+        found = runs(role, *one[:2], ("dense", "2"))
+        assert [count for _, count in found] == [2, 1]
+        assert len({label for label, _ in found}) == 2
+        assert runs(role, ("dense", None), ("dense", "1"), ("/home/dense", "1")) == [("dense, continued", 3)]
 
 
 # --- stages of unequal cost ---
@@ -618,11 +687,11 @@ def test_losing_and_nothing_shown_are_called_that(tmp_path):
     assert "No run that continues the dense model" in sentences(document(moe))[0]
 
 
-def hashed(folder: Path, sha256: str | None) -> Path:
+def hashed(folder: Path, sha256: str | None, role: str = "source") -> Path:
     """A run that recorded this hash of its source, or none as older versions did."""
     about = json.loads((folder / "run.json").read_text())
     if sha256 is not None:
-        about["source_sha256"] = {"source": {"model.safetensors": sha256}, "donor 1": {"x": folder.name}}
+        about["source_sha256"] = {role: {"model.safetensors": sha256}, "donor 1": {"x": folder.name}}
     (folder / "run.json").write_text(json.dumps(about))
     return folder
 
@@ -664,6 +733,23 @@ def test_only_the_same_source_trained_on_answers_whether_it_paid(tmp_path, dense
     assert sentences(made)[0].startswith("No. At equal training FLOPs the Mixture of Experts (8 experts")
     assert sentences(made)[1].startswith("4 experts, top-2, copy is in no row: no run here continues")
     assert len(tables(made)["Held-out loss at equal training FLOPs"].rows) == 1
+
+
+def test_a_grown_model_has_no_dense_baseline(tmp_path):
+    """To train its source without experts is what upcycle refuses, so no report advises it."""
+    grown = write_run(tmp_path / "grown", lambda t: 2.0, source="/nowhere/moe", moe={"target": "grown"},
+                      grow={"factor": 2}, data={"tokenizer": "one"})  # fmt: skip
+    (said,) = [b.text for b in document(grown).sections[0].blocks]
+    assert said.startswith("The runs are of models that grew out of a Mixture of Experts")
+    dense, moe = pair_of_runs(tmp_path, data={"tokenizer": "one"})
+    said = sentences(document(grown, dense, moe))
+    assert said[0].startswith("One seed cannot tell.")
+    assert said[1] == (
+        "4 experts, top-2, grown is in no row: it grew out of a Mixture of Experts, and no dense model is "
+        "its baseline."
+    )
+    others = [block for s in document(grown, dense).sections for block in s.blocks if hasattr(block, "text")]
+    assert "[moe]" not in " ".join(block.text for block in others)
 
 
 def test_the_answer_is_that_against_the_best_dense_model(tmp_path):
@@ -1228,9 +1314,6 @@ def test_both_papers_have_the_same_names():
 @pytest.mark.slow
 def test_a_report_on_real_runs(trainable, tmp_path):
     """A dense model and a Mixture of Experts made of it, trained by `upcycle train`, exported, and shown."""
-    from upcycle.training import loop, metrics
-    from upcycle.training.export import export
-    from upcycle.training.run import Run
 
     def run(name: str, **changes) -> Path:
         table = {
@@ -1275,6 +1358,30 @@ def test_a_report_on_real_runs(trainable, tmp_path):
         assert 0.2 < float(row[4]) < 0.9  # half of the neurons of each were drawn anew
     assert "not recorded" not in {row[7] for row in made["Speed of training"].rows}
     assert len(list((tmp_path / "figures").glob("r-*.png"))) == len(pictures(sections.document(found, "R")))
+
+
+def test_a_grown_run_is_labelled_by_the_experts_that_it_has(trainable, tmp_path):
+    """Its run file says how many are added, and the source how many there are."""
+    convert(trainable[0], tmp_path / "moe", Recipe.of(moe={"num_experts": 4, "top_k": 2}))
+    table = {
+        "source": str(tmp_path / "moe"),
+        "out": str(tmp_path / "run"),
+        "grow": {"experts": 12},
+        "schedule": {"peak": 1e-3},
+        "data": {"sources": [{"path": str(trainable[1]), "separator": "<|endoftext|>"}], "held_out": 0.1},
+        "train": {
+            "steps": 1, "batch_tokens": 64, "sequence_length": 64, "eval_every": 1, "eval_tokens": 64,
+        },
+    }  # fmt: skip
+    loop.train(Run.of(table))
+    export(tmp_path / "run", tmp_path / "out")
+    found = study([tmp_path / "run", tmp_path / "out"], DenseCost())
+    (column,) = found.columns()
+    assert [each.label for each in (*found.groups, column)] == ["12 experts, top-6, grown"] * 2
+    ((_, _, _, recipe, *_),) = tables(sections.document(found, "R"))["Checkpoints"].rows
+    assert recipe == "12 experts, top-6, grown"
+    again = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert again["run"]["moe"]["num_experts"] == 8  # as the run file has it, which is what a resume compares
 
 
 def test_reading_needs_no_torch(tmp_path):

@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ from upcycle.evaluation.scores import ToScore, evaluate
 from upcycle.nn.moe import MoE
 from upcycle.training import moments, saving, start
 from upcycle.training.export import export
-from upcycle.training.held_out import _parts
+from upcycle.training.held_out import HeldOut
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
 from upcycle.training.parallel import Ranks
@@ -392,10 +393,9 @@ def test_groups_of_several_rows(data, tmp_path):
 @pytest.mark.parametrize("whole", [1, 2, 4])
 def test_every_rank_scores_as_many_whole_groups(whole, world):
     rows, size = 13, 4
-    share = -(-rows // world)
-    parts = [
-        list(_parts({"x": torch.arange(rows)}, rows, r * share, share, size, whole)) for r in range(world)
-    ]
+    batch = {"x": torch.arange(rows)}
+    ranks = [SimpleNamespace(dp_size=world, dp_rank=rank) for rank in range(world)]
+    parts = [list(HeldOut.of(batch, here, whole).parts(size)) for here in ranks]
     assert len({len(each) for each in parts}) == 1
     assert all(len(batch["x"]) % whole == 0 for each in parts for batch, _ in each)
     assert [int(i) for each in parts for batch, n in each for i in batch["x"][:n]] == list(range(rows))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -722,6 +723,8 @@ def test_an_expert_is_taken_out(trainable, tmp_path):
         export(tmp_path / "run", tmp_path / "2", expert=2)
     with pytest.raises(UpcycleError, match=r"format = gguf|an expert is a number from 0"):
         export(tmp_path / "run", tmp_path / "2", format="expert")
+    with pytest.raises(UpcycleError, match="format = expert has no place for the optimizer's moments"):
+        export(tmp_path / "run", tmp_path / "2", expert=0, with_optimizer=True)
 
 
 @pytest.mark.parametrize("moe", [{}, {"untie": True}], ids=["tied", "untied"])
@@ -739,7 +742,9 @@ def test_a_head_is_taken_along_and_never_for_an_expert(moe, trainable, tmp_path)
     export(tmp_path / "run", tmp_path / "whole")
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").state_dict()
     for number in range(3):
-        export(tmp_path / "run", tmp_path / str(number), expert=number)
+        told = export(tmp_path / "run", tmp_path / str(number), expert=number)
+        written = load_file(tmp_path / str(number) / "model.safetensors").values()
+        assert told.parameters == sum(tensor.numel() for tensor in written)
         made, found = AutoModelForCausalLM.from_pretrained(tmp_path / str(number), output_loading_info=True)
         assert type(made) is LlamaForCausalLM
         assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -90,6 +91,17 @@ def test_a_dense_run_is_that_of_the_text_model(trainable, around, tmp_path):
     carried = {"moe": {"num_experts": 2}, "optimizer": {"carry_state": True}}
     losses = [train(table(tmp_path / n, text, tmp_path / f"{n} up", **carried)).loss for n in ("out", "text")]
     assert losses[0] == losses[1]
+
+
+def test_an_export_says_what_the_routers_within_were_trained_with(trainable, around, tmp_path):
+    """In the config of the text model, which is where trainers look for it."""
+    router = {"balance_loss_coef": 0.037, "jitter": 0.01}
+    train(table(around, trainable[1], tmp_path / "run", moe={"num_experts": 2}, router=router))
+    export(tmp_path / "run", tmp_path / "out")
+    own = transformers.AutoConfig.from_pretrained(tmp_path / "out").text_config
+    assert (own.router_aux_loss_coef, own.router_jitter_noise) == (0.037, 0.01)
+    whole = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not {"router_aux_loss_coef", "router_jitter_noise"} & whole.keys()
 
 
 @pytest.mark.parametrize("only", ["", "text"])

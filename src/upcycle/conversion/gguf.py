@@ -40,12 +40,15 @@ class Written:
     converter: Path
 
 
-def gguf(folder: Path, out: Path, *, outtype: str = "auto", llama_cpp: Path | None = None) -> Written:
+def gguf(
+    folder: str | Path, out: str | Path, *, outtype: str = "auto", llama_cpp: str | Path | None = None
+) -> Written:
     """Write the model in `folder` to the new file `out`, in the type `outtype` (one of `TYPES`).
 
     `llama_cpp` is a folder with llama.cpp's sources; without it the converter is looked for. The file gets
     its name when it is complete. Raises `UpcycleError` if there is no converter, or if it refuses the model.
     """
+    folder, out = Path(folder), Path(out)
     _refuse_what_it_cannot_know(folder)
     if outtype not in TYPES:
         raise UpcycleError(f"the type is {outtype!r}; it can be {', '.join(TYPES)}")
@@ -63,7 +66,7 @@ def gguf(folder: Path, out: Path, *, outtype: str = "auto", llama_cpp: Path | No
     return Written(out, out.stat().st_size, script)
 
 
-def converter(llama_cpp: Path | None = None) -> Path:
+def converter(llama_cpp: str | Path | None = None) -> Path:
     """Return the converter's script. Raises `UpcycleError`, which says how to get it, if there is none."""
     named = llama_cpp or os.environ.get(SOURCES)
     if named:

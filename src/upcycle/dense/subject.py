@@ -95,6 +95,11 @@ class Subject:
         return self._family.length(dict(self.settings))
 
     @property
+    def reads_text(self) -> bool:
+        """Return whether the model reads tokens; a class that only exists as MoE is taken to do so."""
+        return self._family is None or "input_ids" in self._family.inputs(dict(self.settings), self.length)
+
+    @property
     def lengths(self) -> dict[str, int]:
         """The number of tokens of a row in each stack of blocks."""
         family = self._family or families.find(str(self._dense_config.get("model_type")))

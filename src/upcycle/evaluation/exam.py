@@ -14,8 +14,10 @@ from upcycle.errors import UpcycleError
 from upcycle.evaluation import task_files
 from upcycle.evaluation.batch_size import BatchSize
 from upcycle.evaluation.language_model import SPEAKING, LanguageModel
+from upcycle.evaluation.no_numbers import NoNumbersError
 from upcycle.evaluation.scores import harness
 from upcycle.hf import distributing
+from upcycle.system import progress
 from upcycle.training.examining import Examiner
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
@@ -49,6 +51,10 @@ class HarnessExaminer(Examiner):
             results = harness().score(
                 language, run.eval.tasks, folder, shots=run.eval.num_fewshot, limit=run.eval.limit
             )
+        except NoNumbersError:  # a run that diverges goes on, and its held-out loss says so
+            if here.first:
+                progress.warn("the model gives NaN, so its tasks have no scores")
+            return {}
         finally:
             distributing.put_shards_back(model)  # there is no backward pass that would
             model.train()

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, StoppingCriteria
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.batch_size import BatchSize
+from upcycle.evaluation.no_numbers import RefuseNaN, refuse_nan
 from upcycle.families import CAUSAL_HEADS
 
 Advance = Callable[[int], None]
@@ -104,7 +105,8 @@ class LanguageModel:
         """Return the likelihood of the continuation of each pair.
 
         A pair that is too long for the model loses its first tokens: those of the context, then those of the
-        continuation. The likelihood is then that of the remaining tokens.
+        continuation. An encoder-decoder reads the two apart, and each loses its own first tokens. The
+        likelihood is then that of the remaining tokens. Raises `NoNumbersError` if the model gives NaN.
         """
         pairs = [self._kept(pair) for pair in pairs]
         order = sorted(range(len(pairs)), key=lambda i: -_length(pairs[i]))
@@ -120,7 +122,11 @@ class LanguageModel:
         return self.length is not None and len(pair.continuation) > self.length
 
     def _kept(self, pair: Pair) -> Pair:
-        if self.length is None or not self.too_long(pair):
+        if self.length is None:
+            return pair
+        if self.encoder_decoder:
+            return Pair(pair.context[-self.length :], pair.continuation[-self.length :])
+        if not self.too_long(pair):
             return pair
         kept = len(pair.continuation) - self.length
         return Pair(pair.continuation[kept - 1 : kept], pair.continuation[kept:])
@@ -136,7 +142,7 @@ class LanguageModel:
             logits[i, end - len(p.continuation) : end]
             for i, (end, p) in enumerate(zip(ends, pairs, strict=True))
         ]
-        return [_likelihood(part, pair.continuation) for part, pair in zip(parts, pairs, strict=True)]
+        return [self._likelihood(part, pair.continuation) for part, pair in zip(parts, pairs, strict=True)]
 
     def _encoder_decoder(self, pairs: Sequence[Pair]) -> list[Likelihood]:
         ids, mask = self._padded([list(pair.context) for pair in pairs])
@@ -146,9 +152,17 @@ class LanguageModel:
         shifted, _ = self._padded([[start, *pair.continuation[:-1]] for pair in pairs])
         found = self.model(input_ids=ids, attention_mask=mask, decoder_input_ids=shifted, use_cache=False)
         return [
-            _likelihood(logits[: len(pair.continuation)], pair.continuation)
+            self._likelihood(logits[: len(pair.continuation)], pair.continuation)
             for logits, pair in zip(found.logits, pairs, strict=True)
         ]
+
+    def _likelihood(self, logits: Tensor, ids: Sequence[int]) -> Likelihood:
+        """Return the likelihood of `ids` [N] from the `logits` [N, V] of the positions before them."""
+        wanted = torch.tensor(ids, device=logits.device)
+        nats = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
+        refuse_nan(nats, self.subject)
+        likeliest = logits.argmax(-1) == wanted
+        return Likelihood(nats.double().cpu().numpy(), likeliest.cpu().numpy())
 
     @torch.no_grad()
     def generate(
@@ -161,14 +175,11 @@ class LanguageModel:
     ) -> list[str]:
         """Return the greedy continuation of each prompt.
 
-        A continuation has at most `most` tokens and is cut before EOS and before any of the strings `until`.
+        A prompt that is too long for the model loses its first tokens. A continuation has at most `most`
+        tokens and is cut before EOS and before any of the strings `until`.
+        Raises `NoNumbersError` if the model gives NaN.
         """
-        room = None if self.length is None or self.encoder_decoder else self.length - most
-        if room is not None and room < 1:
-            raise UpcycleError(
-                f"{most} tokens are to be generated and the model has {self.length} positions; lower the "
-                "number"
-            )
+        room = self._room(most)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
 
         def work(rows: Sequence[Sequence[int]]) -> list[str]:
@@ -183,6 +194,18 @@ class LanguageModel:
             out[place] = text
         return out
 
+    def _room(self, most: int) -> int | None:
+        """Return how many tokens a prompt may have if `most` are generated; None: any number."""
+        if self.length is None:
+            return None
+        room = self.length if self.encoder_decoder else self.length - most
+        if room < 1 or most > self.length:
+            raise UpcycleError(
+                f"{most} tokens are to be generated and the model has {self.length} positions; lower the "
+                "number"
+            )
+        return room
+
     def _generate(self, rows: list[list[int]], most: int, until: Sequence[str]) -> list[str]:
         # A decoder continues at the right, so that its padding must be at the left.
         ids, mask = self._padded(rows, left=not self.encoder_decoder)
@@ -191,6 +214,7 @@ class LanguageModel:
         made = self.model.generate(
             input_ids=ids, attention_mask=mask, do_sample=False, num_beams=1, max_new_tokens=most,
             pad_token_id=self._filler, eos_token_id=self.tokenizer.eos_token_id, stopping_criteria=stop,
+            logits_processor=[RefuseNaN(self.subject)],
             synced_gpus=self.shared,  # no process stops before the others
         )  # fmt: skip
         texts = self.tokenizer.batch_decode(made[:, skip:], skip_special_tokens=True)
@@ -227,11 +251,3 @@ def _before(text: str, ends: Sequence[str]) -> str:
     for end in ends:
         text = text.split(end)[0]
     return text
-
-
-def _likelihood(logits: Tensor, ids: Sequence[int]) -> Likelihood:
-    """Return the likelihood of `ids` [N] from the `logits` [N, V] of the positions before them."""
-    wanted = torch.tensor(ids, device=logits.device)
-    nats = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
-    likeliest = logits.argmax(-1) == wanted
-    return Likelihood(nats.double().cpu().numpy(), likeliest.cpu().numpy())

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from upcycle.checkpoints.checkpoint import file_hash
+from upcycle.checkpoints.checkpoint import CONFIG, file_hash
 from upcycle.data.folders import files_below
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.differences import Sums
@@ -139,18 +139,27 @@ def stamped(results: Sequence[Result]) -> list[EvaluationEntry]:
 
 
 def refuse_target(path: Path) -> None:
-    """Raise an error if a file that results would be written to exists and holds no results."""
-    claim.may_replace(path, _is_ours, "what `upcycle eval` writes")
+    """Raise an error if a comparison cannot be written to a file.
+
+    That is so if the file exists and holds something else, or if it is where the scores of a checkpoint are
+    recorded.
+    """
+    if path.name == EvaluationRecord.FILE and (path.parent / CONFIG).is_file():
+        raise UpcycleError(
+            f"{path} is for the scores of that checkpoint alone, and a comparison would replace them; leave "
+            f"--out out to add to them, or choose another name"
+        )
+    claim.may_replace(path, _is_comparison, "what `upcycle eval --out` writes")
 
 
-def _is_ours(path: Path) -> bool:
+def _is_comparison(path: Path) -> bool:
     try:
         found = _parsed(path)
     except (OSError, ValueError, RecursionError):
         return False
     if not isinstance(found, dict) or found.get("format") != EvaluationRecord.FORMAT:
         return False
-    return any(isinstance(found.get(key), list) for key in ("checkpoints", "results"))
+    return isinstance(found.get("checkpoints"), list)
 
 
 def record(folder: Path, results: Sequence[Result]) -> Path:

@@ -14,6 +14,7 @@ from upcycle.data.feeding import Feed, Feeding
 from upcycle.dense.subject import Subject
 from upcycle.evaluation.batch_size import BatchSize
 from upcycle.evaluation.differences import Sums
+from upcycle.evaluation.no_numbers import refuse_nan
 from upcycle.evaluation.results import Metric, Result, data_of
 from upcycle.evaluation.text import LENGTH, field_of
 from upcycle.evaluation.to_score import ToScore
@@ -30,7 +31,7 @@ def score(
     """Score the loss and the accuracy per target on the first `asked.limit` rows.
 
     The rows are in a random order of seed 0. Raises `UpcycleError` for data that the task cannot read, and
-    for rows that are longer than the model's positions.
+    for rows that are longer than the model's positions, and `NoNumbersError` if the model gives NaN.
     """
     length = asked.length or min(LENGTH, subject.settings.get("max_position_embeddings") or LENGTH)
     if task.reads != "images":
@@ -70,7 +71,9 @@ def _score(
         except (RuntimeError, MemoryError):
             feed.restore(begun)  # repeat the same rows with a smaller batch
             raise
-        return [_row(task, logits[i : i + 1], question.labels[i : i + 1]) for i in range(len(places))]
+        made = [_row(task, logits[i : i + 1], question.labels[i : i + 1]) for i in range(len(places))]
+        refuse_nan(torch.tensor([loss for loss, _, _ in made]), subject)
+        return made
 
     size = BatchSize.of(subject.settings, model.device, fixed=asked.batch_size)
     with progress.work(what, "examples", total=count) as scoring:

@@ -147,6 +147,11 @@ def _refuse_unfit(subject: Subject, asked: ToScore) -> None:
         _refuse_other_data(tasks.of(architecture), architecture, asked)
     elif "image_size" not in subject.settings:
         raise UpcycleError(f"{architecture} reads no images; --few-shot is for models that do")
+    if not asked.images and not subject.reads_text:
+        raise UpcycleError(
+            f"{architecture} reads sound and no text, and texts and images are what can be scored; take "
+            f"another checkpoint"
+        )
     if asked.chats and not architecture.endswith(CAUSAL_HEADS):
         heads = " or ".join(CAUSAL_HEADS)
         raise UpcycleError(f"{architecture} cannot chat; --chats is for classes that end in {heads}")

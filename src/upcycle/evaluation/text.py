@@ -243,7 +243,7 @@ def _result(
     nats, size, right, tokens = sums.T
     loss = Sums(top=nats, bottom=tokens, units=units)
     bits = Sums(top=nats / np.log(2), bottom=size, units=units)
-    perplexity = float(np.exp(min(700.0, loss.value)))
+    perplexity = float(np.exp(np.minimum(700.0, loss.value)))
     error = loss.standard_error
     spread = None if error is None else perplexity * error  # the delta method
     accuracy = Sums(top=right, bottom=tokens, units=units)

@@ -56,7 +56,8 @@ def files(folder: Path) -> dict[str, Path]:
 
 def _result(kind: str, examples: list[Example], data: dict[str, Any], language: LanguageModel) -> Result:
     tokenizer = language.tokenizer
-    prompts = [tokenizer(e.prompt, truncation=True, max_length=INPUT).input_ids for e in examples]
+    most = min(INPUT, language.length or INPUT)
+    prompts = [tokenizer(e.prompt, truncation=True, max_length=most).input_ids for e in examples]
     with progress.work(f"{kind}: answers", "examples", total=len(examples)) as work:
         said = language.generate(prompts, most=TARGET, advance=work.advance)
     metrics = metrics_of(kind, examples, said)

@@ -116,18 +116,22 @@ class Provenance(Document):
     def __post_init__(self) -> None:
         if (self.recipe is None) != (self.blueprint_hash is None):
             raise WrongError("and blueprint_hash are not both there", "recipe")
-        if self.recipe is None:
-            return
-        moe, init = self.recipe.get("moe"), self.recipe.get("init")
-        if not isinstance(moe, Mapping):
-            raise WrongError("is missing in it, or is not a table", "recipe", "moe")
-        if not isinstance(self.recipe.get("router", {}), Mapping):
-            raise WrongError("is not a table", "recipe", "router")
-        if not isinstance(init, Mapping) or not isinstance(init.get("name"), str):
-            raise WrongError("is missing in it, or is not a text", "recipe", "init", "name")
+        if self.recipe is not None:
+            refuse_other_recipe(self.recipe)
 
     @classmethod
     def read(cls, folder: Path) -> Self:
         """Read the provenance in a folder. Raises `UpcycleError` if it is missing or damaged."""
         missing = f"{folder} has no {cls.FILE}; it was not made by `upcycle convert`, or lost its provenance"
         return cls.of(load(folder / cls.FILE, missing), str(folder / cls.FILE))
+
+
+def refuse_other_recipe(recipe: Table) -> None:
+    """Raise an error for a recorded recipe that does not say how its experts were made."""
+    moe, init = recipe.get("moe"), recipe.get("init")
+    if not isinstance(moe, Mapping):
+        raise WrongError("is missing in it, or is not a table", "recipe", "moe")
+    if not isinstance(recipe.get("router", {}), Mapping):
+        raise WrongError("is not a table", "recipe", "router")
+    if not isinstance(init, Mapping) or not isinstance(init.get("name"), str):
+        raise WrongError("is missing in it, or is not a text", "recipe", "init", "name")

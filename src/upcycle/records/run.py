@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
+from upcycle.records.provenance import refuse_other_recipe
 from upcycle.records.reader import Document, Record, Table, WrongError, sometimes
 
 _SECTIONS = ("train", "data")
@@ -58,6 +59,7 @@ class RunRecord(Document):
     active_parameters: int
     from_scratch: bool
     run: Table  # the run file
+    recipe: Table | None = sometimes()  # with the numbers that the source adds; None: the run file has all
     begun_in: str | None = sometimes()  # the folder from which its relative paths count
     identity: Table  # settings that a resumed run must share with this one
     source_sha256: Mapping[str, Mapping[str, str]] | None = sometimes()  # keyed by checkpoint and file
@@ -68,6 +70,8 @@ class RunRecord(Document):
                 raise WrongError(f"is {getattr(self, name)}, not 1 or more", name)
         _refuse_other_order([cost.first for cost in self.stage_costs])
         refuse_other_sections(self.run)
+        if self.recipe is not None:
+            refuse_other_recipe(self.recipe)
 
     def training_flops(self, rows: float, batch: int) -> float:
         """Return the FLOPs of training on the first `rows` rows of the run, with `batch` rows a step.

@@ -21,9 +21,11 @@ from upcycle import tasks
 from upcycle.reporting import formats
 from upcycle.reporting.checkpoints import CheckpointRecord
 from upcycle.reporting.crossing import Crossing, Standing, bounds, crossing, standing
-from upcycle.reporting.labels import ORDER, Kind, flat, kind_of, labels_of, settings, short
+from upcycle.reporting.labels import ORDER, Kind, flat, kind_of, labels_of, settings_of, short
 from upcycle.reporting.runs import RunHistory
 from upcycle.reporting.starts import DenseCost, StartCost, start_cost
+from upcycle.training.beside import kept_tokenizer
+from upcycle.training.identity import identity_of, of_any_length
 
 Paid = Literal["yes", "no", "within two standard errors", "one seed", "cannot be told"]
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
@@ -67,6 +69,11 @@ class Group:
     def has_experts(self) -> bool:
         """Return whether the model is a Mixture of Experts."""
         return self.kind in ("upcycled", "MoE, from scratch")
+
+    @property
+    def grown(self) -> bool:
+        """Return whether its source had experts already, so that no dense model can be its baseline."""
+        return self.kind == "upcycled" and self.runs[0].table.get("grow") is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,17 +140,26 @@ class Comparison:
         )
 
     def owner(self, checkpoint: CheckpointRecord) -> tuple[Group, RunHistory] | None:
-        """Return the group and the run that a checkpoint was exported from, if the run was given."""
+        """Return the group and the run that a checkpoint was exported from, if the run was given.
+
+        The run may have been given more steps since then.
+        """
         training = checkpoint.training
-        if training is None:
+        if training is None or training.run is None:
             return None
-        found = [(g, r) for g in self.groups for r in (*g.runs, *g.repeats) if r.table == training.run]
+        given = _lasting(training.run)
+        found = [(g, r) for g in self.groups for r in (*g.runs, *g.repeats) if _lasting(r.table) == given]
         return found[0] if found else None
+
+
+def _lasting(table: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return what a run keeps when it goes on: its folder, and all settings but its length."""
+    return table.get("out"), of_any_length(identity_of(table))
 
 
 def compare(runs: Sequence[RunHistory], given: DenseCost) -> Comparison:
     """Compare the comparable runs, which are those that share the terms of most runs."""
-    terms = [_terms(run) for run in runs]
+    terms = [_terms(run, runs) for run in runs]
     keys = [json.dumps(t, sort_keys=True, default=str) for t in terms]
     reference = terms[keys.index(max(keys, key=keys.count))] if runs else {}
     foreign, kept = [], []
@@ -157,9 +173,9 @@ def compare(runs: Sequence[RunHistory], given: DenseCost) -> Comparison:
     return Comparison(groups=groups, pairs=tuple(_pairs(groups)), foreign=tuple(foreign))
 
 
-def _terms(run: RunHistory) -> dict[str, Any]:
+def _terms(run: RunHistory, runs: Sequence[RunHistory]) -> dict[str, Any]:
     """Return the settings that runs must share for their held-out numbers to be comparable."""
-    data, train = run.table["data"], run.table["train"]
+    train = run.table["train"]
     task = {k: v for k, v in (run.table.get("task") or {}).items() if v and k not in ("augment", "name")}
     length = train.get("sequence_length", 1024)
     by_example = run.about.task.startswith("image")
@@ -170,7 +186,7 @@ def _terms(run: RunHistory) -> dict[str, Any]:
         "held-out data": _held_out_data(run),
         "settings of the task": task,
         "rows that are held out": {"length": None if by_example else length, "rows": rows},
-        "tokenizer": None if by_example else _tokenizer(str(data.get("tokenizer") or run.about.source.path)),
+        "tokenizer": None if by_example else _tokenizer(run, runs),
     }
 
 
@@ -197,12 +213,30 @@ def _draws(run: RunHistory) -> bool:
     return name in tasks.names() and tasks.find(name).splits and not task.get("test")
 
 
-def _tokenizer(folder: str) -> str:
-    """Identify a tokenizer by its bytes, or by the name of its folder if the folder is gone."""
+def _tokenizer(run: RunHistory, runs: Sequence[RunHistory]) -> str:
+    """Identify a tokenizer by its bytes, or by the name of its folder if the folder is gone.
+
+    The tokenizer of a source that is gone is that of another run which began with the same source.
+    """
+    if (named := _named(run)) is not None:
+        return _bytes_in(kept_tokenizer(run.folder)) or _bytes_in(Path(named)) or named
+    alike = [other for other in runs if _named(other) is None and run.shares_source(other)]
+    folders = [each.about.source.path for each in (run, *alike)]
+    return next(filter(None, map(_bytes_in, map(Path, folders))), alike[0].about.source.path)
+
+
+def _named(run: RunHistory) -> str | None:
+    """Return the tokenizer that the run file names; None if it is the source's."""
+    named = run.table["data"].get("tokenizer")
+    return str(named) if named else None
+
+
+def _bytes_in(folder: Path) -> str | None:
+    """Return what identifies the tokenizer in a folder; None if there is none."""
     for name in _TOKENIZERS:
-        if (path := Path(folder) / name).is_file():
+        if (path := folder / name).is_file():
             return f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
-    return folder
+    return None
 
 
 def _reason(name: str, own: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
@@ -218,8 +252,8 @@ def _repeated(run: RunHistory, other: RunHistory) -> str:
 
 def _groups(runs: Sequence[RunHistory], given: DenseCost) -> tuple[Group, ...]:
     together: dict[str, list[RunHistory]] = {}
-    for run in runs:
-        key = json.dumps([settings(run), run.held_out.tokens.tolist()], sort_keys=True, default=str)
+    for run, settings in zip(runs, settings_of(runs), strict=True):
+        key = json.dumps([settings.key, run.held_out.tokens.tolist()], sort_keys=True, default=str)
         together.setdefault(key, []).append(run)
     found = [
         _one_of_each_seed(alike)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,12 +24,49 @@ _FREE_BELOW = {
 _STAGES = "stages"  # not a key of a run file: the names of its stages
 
 
-def settings(run: RunHistory) -> dict[str, Any]:
-    """Return the run file without the keys that may differ between seeds."""
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The settings of a run that are not free to differ between seeds.
+
+    A checkpoint has the path of the first run that began with it, or was taught by it, because paths to one
+    folder can be written in several ways.
+    """
+
+    table: dict[str, Any]  # the run file
+    checkpoints: tuple[int, int]  # the numbers of these first runs, for the source and the teacher
+
+    @property
+    def key(self) -> list[Any]:
+        """Return what is equal for equal settings, as JSON."""
+        return [self.table, *self.checkpoints]
+
+
+def settings_of(runs: Sequence[RunHistory]) -> list[Settings]:
+    """Return the settings of each run."""
+    sources, teachers = _firsts(runs, RunHistory.shares_source), _firsts(runs, RunHistory.shares_teacher)
+    return [
+        _settings(run, runs, source, teacher)
+        for run, source, teacher in zip(runs, sources, teachers, strict=True)
+    ]
+
+
+def _firsts(runs: Sequence[RunHistory], share: Callable[[RunHistory, RunHistory], bool]) -> list[int]:
+    """Return, for each run, the number of the first one that it shares a checkpoint with, or its own."""
+    out: list[int] = []
+    for number, run in enumerate(runs):
+        first = next(i for i, other in enumerate(runs) if share(run, other))
+        out.append(out[first] if first < number else number)
+    return out
+
+
+def _settings(run: RunHistory, runs: Sequence[RunHistory], source: int, teacher: int) -> Settings:
     table = {k: v for k, v in run.table.items() if k not in _FREE}
     for section, free in _FREE_BELOW.items():
         table[section] = {k: v for k, v in table[section].items() if k not in free}
-    return table
+    table["source"] = runs[source].table.get("source")
+    if table.get("teacher"):
+        table["teacher"] = {**table["teacher"], "source": runs[teacher].table["teacher"].get("source")}
+    return Settings(table=table, checkpoints=(source, teacher))
 
 
 def kind_of(run: RunHistory) -> Kind:
@@ -48,7 +86,7 @@ def _is_dense(moe: Mapping[str, Any]) -> bool:
 def labels_of(runs: Sequence[RunHistory]) -> list[str]:
     """Return a label for each run; equal labels are extended by the settings in which the runs differ."""
     plain = [_label(run) for run in runs]
-    leaves = [_leaves(run) for run in runs]
+    leaves = [_leaves(settings) for settings in settings_of(runs)]
     out = []
     for label, own in zip(plain, leaves, strict=True):
         alike = [other for other, same in zip(leaves, plain, strict=True) if same == label]
@@ -60,12 +98,12 @@ def labels_of(runs: Sequence[RunHistory]) -> list[str]:
     ]
 
 
-def _leaves(run: RunHistory) -> dict[str, Any]:
+def _leaves(settings: Settings) -> dict[str, Any]:
     """Return every setting by its dotted key; those of a stage or of a stack after its name.
 
     Settings that a stack shares with the model are left out.
     """
-    table = settings(run)
+    table = dict(settings.table)
     stages = {str(stage.get("name", number)): stage for number, stage in enumerate(table.pop("stage", ()), 1)}
     stacks = {name: table.pop(name) for name in STACKS if isinstance(table.get(name), Mapping)}
     out = dict(flat(table))
@@ -114,13 +152,14 @@ def _label(run: RunHistory) -> str:
     short = " (diverged)" if run.diverged else ""
     if run.unfinished:
         short = f" ({run.done} of {run.total_steps} steps)"
-    init = (run.table.get("init") or {}).get("name", "copy")
-    if kind == "dense, rebuilt":
-        return targets.recorded(run.table["moe"]).label(run.table) + short
-    if kind.startswith("dense"):
+    recipe = run.table if run.about.recipe is None else run.about.recipe
+    if "moe" not in recipe:
         return kind + short
-    how = init if kind == "upcycled" else "from scratch"
-    return f"{targets.recorded(run.table['moe']).label(run.table)}, {how}{short}"
+    target = targets.recorded(recipe["moe"])
+    label = target.label(recipe)
+    if kind.startswith("dense"):
+        return (label if kind == "dense, rebuilt" else kind) + short
+    return f"{label}, {target.way(recipe) if kind == 'upcycled' else 'from scratch'}{short}"
 
 
 def flat(value: Any, path: str = "") -> Iterable[tuple[str, Any]]:

@@ -89,14 +89,27 @@ class RunHistory:
         return self.rows * self.about.tokens_per_row
 
     def shares_source(self, other: RunHistory) -> bool:
-        """Return whether both runs started from one checkpoint.
+        """Return whether both runs started from one checkpoint."""
+        return self._shares("source", other)
+
+    def shares_teacher(self, other: RunHistory) -> bool:
+        """Return whether both runs learned from one checkpoint, or both from none."""
+        return self._shares("teacher", other)
+
+    def _shares(self, label: str, other: RunHistory) -> bool:
+        """Return whether two runs have one checkpoint in a role.
 
         Its files decide if both runs recorded their hashes; otherwise the path decides.
         """
-        mine, theirs = ((run.about.source_sha256 or {}).get("source") for run in (self, other))
+        mine, theirs = ((run.about.source_sha256 or {}).get(label) for run in (self, other))
         if mine is None or theirs is None:
-            return self.about.source.path == other.about.source.path
+            return self._path_of(label) == other._path_of(label)
         return sorted(mine.values()) == sorted(theirs.values())
+
+    def _path_of(self, label: str) -> Any:
+        if label == "source":
+            return self.about.source.path
+        return (self.table.get(label) or {}).get("source")
 
     def flops(self, tokens: np.ndarray) -> np.ndarray:
         """Return the training FLOPs [n] of the run itself after `tokens` [n] tokens (active weights only)."""

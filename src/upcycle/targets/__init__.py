@@ -218,6 +218,11 @@ class Target(abc.ABC):
         """Return a short label for how a model of a recorded recipe was made, beside other models."""
 
     @classmethod
+    def way(cls, recipe: Mapping[str, Any]) -> str:
+        """Return the name of the way in which a model of a recorded recipe was made of its source."""
+        return str((recipe.get("init") or {}).get("name", "copy"))
+
+    @classmethod
     def made_by(cls, recipe: Mapping[str, Any]) -> str:
         """Return the end of a sentence that says how a model of a recorded recipe was made."""
         return f" by init {recipe['init']['name']}"

@@ -160,6 +160,11 @@ class Grown(WithExperts):
         return f"grown to {recipe.moe.num_experts} experts, {chosen}"
 
     @classmethod
+    def way(cls, recipe: Mapping[str, Any]) -> str:
+        """Return its name, because no initialisation is asked for the experts."""
+        return cls.kind
+
+    @classmethod
     def made_by(cls, recipe: Mapping[str, Any]) -> str:
         """Return the end of a sentence that says how a model of a recorded recipe was made."""
         return f", grown to {recipe['moe']['num_experts']} experts"

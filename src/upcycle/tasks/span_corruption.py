@@ -44,6 +44,11 @@ class SpanCorruption(Task):
         return objection_to_sources(data)
 
     def feed(self, feeding: Feeding, subject: Subject) -> Feed:
+        if not subject.reads_text:
+            raise UpcycleError(
+                f"{subject.architecture} reads sound, and the task of an encoder-decoder is about text; take "
+                f"a checkpoint that reads text, such as a T5"
+            )
         lengths = self.spans(feeding.length)
         tokenizer = tokenizer_of(feeding, subject)
         sentinels, eos = _sentinels(tokenizer), tokenizer.eos_token_id

@@ -49,6 +49,11 @@ def keep(run: Run, task: Task, out: Path) -> None:
             shutil.copyfile(config, folder / CONFIG)
 
 
+def kept_tokenizer(out: Path, number: int = 0) -> Path:
+    """Return the folder in which the run in `out` has a copy of a tokenizer, the first one that it names."""
+    return out / FOLDER / f"tokenizer-{number}"
+
+
 def of(run: Run, out: Path, step: int) -> Beside:
     """Return what the run in the folder `out` trained with at a step. Raises `UpcycleError` if it is gone."""
     named = Course(run).after(step).run.data.tokenizer
@@ -73,7 +78,7 @@ def _tokenizers(run: Run) -> list[str]:
 
 def _kept(run: Run, named: str, out: Path) -> Path:
     """Return the folder of a copied tokenizer."""
-    return out / FOLDER / f"tokenizer-{_tokenizers(run).index(named)}"
+    return kept_tokenizer(out, _tokenizers(run).index(named))
 
 
 def _copy(tokenizer: str, to: Path) -> list[str]:

@@ -24,7 +24,7 @@ class Examiner(ABC):
     def score(self, model: PreTrainedModel, run: Run, subject: Subject, here: Ranks) -> Mapping[str, float]:
         """Return the scores as `task/metric`; afterwards the model is in training mode.
 
-        Every rank calls this, because each holds a part of the model.
+        There are none if the model gives NaN. Every rank calls this, because each holds a part of the model.
         """
 
 

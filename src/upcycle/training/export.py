@@ -92,16 +92,16 @@ def export(
             claim.finish(partial, out)
     finally:
         begun.dense.checkpoint.close()
-    parameters = begun.parameters if expert is None else sum(t.size for t in begun.dense.stored.values())
-    return Exported(out=out, step=trained.state.step, parameters=parameters, dtype=wanted)
+    return Exported(out=out, step=trained.state.step, parameters=way.parameters(trained), dtype=wanted)
 
 
 def _way(format: str, expert: int | None, with_optimizer: bool) -> exports.Format:
     """Return the format; raise `UpcycleError` if it has no place for what is asked."""
-    way = exports.find(exports.OF_EXPERT if expert is not None and format == exports.DEFAULT else format)
+    given, format = format, exports.OF_EXPERT if expert is not None and format == exports.DEFAULT else format
+    way = exports.find(format)
     if way.takes_expert != (expert is not None) or (expert or 0) < 0:
         raise UpcycleError(
-            f"format = {format} and expert = {expert}; an expert is a number from 0, and format = "
+            f"format = {given} and expert = {expert}; an expert is a number from 0, and format = "
             f"{exports.OF_EXPERT} alone takes one"
         )
     if with_optimizer and not way.holds_moments:

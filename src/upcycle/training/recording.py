@@ -10,10 +10,13 @@ import numpy as np
 import torch
 
 import upcycle
+from upcycle.blueprints.blueprint import Blueprint
 from upcycle.errors import UpcycleError
+from upcycle.records.reader import Table
 from upcycle.records.run import RunRecord, StartedFrom
 from upcycle.training import begun_in, beside, effort, run_folder
 from upcycle.training.beginning import Ready
+from upcycle.training.run import Run
 
 
 def write(ready: Ready, out: Path) -> None:
@@ -61,7 +64,13 @@ def _record(ready: Ready) -> RunRecord:
         active_parameters=begun.active_parameters,
         from_scratch=begun.from_scratch,
         run=run.as_table(),
+        recipe=_settled(run, begun.built),
         begun_in=begun_in.working_folder(),
         identity=run.identity(),
         source_sha256=state.source_sha256,
     )
+
+
+def _settled(run: Run, built: Blueprint | None) -> Table | None:
+    """Return the recipe of the model if it has numbers that the run file leaves to the source."""
+    return None if built is None or built.recipe == run.recipe else built.recipe.as_table()

@@ -23,6 +23,7 @@ from upcycle.recipe import Recipe
 from upcycle.settings import AtLeast, Settings, Within, families, parted, table_at
 from upcycle.tasks import Task
 from upcycle.training import optimizers, schedules, stages
+from upcycle.training.identity import identity_of
 from upcycle.training.optimizers import Optimizer
 from upcycle.training.schedules import Schedule
 from upcycle.training.sections import Eval, Log, Parallel, Saving, Spikes, Teacher
@@ -245,10 +246,7 @@ class Run(Settings):
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that must match between a checkpoint and the run that resumes from it."""
-        free = ("parallel", "log", "checkpoint", "spikes", "eval", "out")
-        table = {k: v for k, v in self.as_table().items() if k not in free}
-        train = {k: v for k, v in table["train"].items() if k not in ("micro_batch", "compile")}
-        return table | {"train": train}
+        return identity_of(self.as_table())
 
 
 def _together(train: Mapping[str, Any], parts: list[Any]) -> dict[str, Any]:

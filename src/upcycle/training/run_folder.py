@@ -19,9 +19,10 @@ from upcycle.records.state import PRECISIONS, RunState
 from upcycle.system import claim, lock, whole_file
 from upcycle.training import agreement, fit, saving
 from upcycle.training.course import Course
+from upcycle.training.identity import of_any_length
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run, train_of
-from upcycle.training.stages import LENGTH, Stage
+from upcycle.training.stages import Stage
 
 LOCK = ".upcycle-lock"
 
@@ -108,10 +109,10 @@ def _refuse_other(run: Run, out: Path, checkpoint: Path | None) -> None:
         return
     where, theirs, done = recorded
     mine = _plain(_settled_as(run, theirs).identity())
-    if _differences(_of_any_length(theirs), _of_any_length(mine)):
+    if _differences(of_any_length(theirs), of_any_length(mine)):
         theirs = _as_read_today(theirs)
     _refuse_other_length(run, where, theirs, mine, done)
-    if different := _differences(_of_any_length(theirs), _of_any_length(mine)):
+    if different := _differences(of_any_length(theirs), of_any_length(mine)):
         raise UpcycleError(
             f"{where} is of another run: it differs in {listed(different)}; put them back, or choose "
             f"another `out`"
@@ -229,28 +230,12 @@ def _plain(identity: dict[str, Any]) -> Any:
     return json.loads(json.dumps(identity))
 
 
-def _of_any_length(identity: Any) -> Any:
-    """Return an identity without the length of the run, which is that of its last stage if it has stages."""
-    if not isinstance(identity, dict):
-        return identity
-    out = _without_length(identity)
-    if isinstance(stages := identity.get("stage"), list) and stages and isinstance(stages[-1], dict):
-        out["stage"] = [*stages[:-1], _without_length(stages[-1])]
-    return out
-
-
-def _without_length(table: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(table.get("train"), dict):
-        return dict(table)
-    return table | {"train": {k: v for k, v in table["train"].items() if k not in LENGTH}}
-
-
 def _refuse_other_length(run: Run, where: str, theirs: Any, mine: Any, done: int) -> None:
     """Refuse another number of steps if the steps already done would have had other learning rates."""
     before, now = theirs.get("train"), mine["train"]
     if before == now or theirs.get("schedule") != mine["schedule"]:
         return
-    if _of_any_length(theirs).get("stage") != _of_any_length(mine).get("stage"):
+    if of_any_length(theirs).get("stage") != of_any_length(mine).get("stage"):
         return  # the caller names what differs
     try:
         old, new = train_of(theirs).total_steps, run.train.total_steps

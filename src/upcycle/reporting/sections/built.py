@@ -107,7 +107,7 @@ def _origin(checkpoint: CheckpointRecord) -> tuple[str, ...]:
         target = targets.recorded(made.recipe["moe"])
         how = target.label(made.recipe)
         if target.has_experts:
-            how = f"{how}, init {made.recipe['init']['name']}"
+            how = f"{how}, {target.way(made.recipe)}"
     training = checkpoint.training
     if training is not None and training.expert is not None:
         how = f"expert {training.expert} of each layer"

@@ -182,8 +182,14 @@ def _range(low: float, high: float) -> str:
 
 def _nothing(study: Study, asked: Sequence[Pair]) -> str:
     """Say why there is no answer; `asked` are the pairs with a dense model that was trained on."""
-    if not any(group.kind == "upcycled" and group.tokens.size for group in study.groups):
+    upcycled = [group for group in study.groups if group.kind == "upcycled" and group.tokens.size]
+    if not upcycled:
         return "No run of an upcycled model with a held-out loss was given, so there is nothing to answer."
+    if all(group.grown for group in upcycled):
+        return (
+            "The runs are of models that grew out of a Mixture of Experts, which `upcycle train` does not "
+            "train without [grow], so there is no model to compare them with."
+        )
     if not any(group.kind == "dense, continued" and group.tokens.size for group in study.groups):
         return (
             "No run that continues the dense model was given: train one without [moe] from the same source "
@@ -200,7 +206,12 @@ def _nothing(study: Study, asked: Sequence[Pair]) -> str:
 def _unanswered(asked: Sequence[Pair]) -> list[str]:
     """Name each Mixture of Experts whose own source no run continues."""
     return [
-        f"{of_one[0].group.label} is in no row: no run here continues the dense model that it was made from."
-        for of_one in _by_group(asked)
-        if all(pair.other_source for pair in of_one)
+        f"{group.label} is in no row: {_why_unanswered(group)}."
+        for group in (of_one[0].group for of_one in _by_group(asked) if all(p.other_source for p in of_one))
     ]
+
+
+def _why_unanswered(group: Group) -> str:
+    if group.grown:
+        return "it grew out of a Mixture of Experts, and no dense model is its baseline"
+    return "no run here continues the dense model that it was made from"

@@ -69,6 +69,10 @@ class Format(abc.ABC):
         It may change the model's tensors. If it raises, the caller removes the folder.
         """
 
+    def parameters(self, trained: Trained) -> int:
+        """Return the number of parameters that are written."""
+        return trained.start.parameters
+
 
 def find(name: str) -> Format:
     """Return the format called `name`. Raises `UpcycleError` for an unknown name."""

@@ -27,9 +27,7 @@ class Expert(Format):
     takes_expert = True
 
     def write(self, trained: Trained, folder: Path, dtype: str) -> None:
-        begun, number = trained.start, trained.expert
-        assert number is not None
-        names = _names(begun, number)
+        begun, names = trained.start, _names_of(trained)
         stored = on_disk(trained.model, begun, trained.types)
         made = {dense: stored[name] for dense, name in names.items()}
         save_file(made, folder / "model.safetensors", metadata={"format": "pt"})
@@ -39,6 +37,10 @@ class Expert(Format):
         laid = lay(trained, folder, config)
         told = dense_provenance_of(trained, folder, laid, target=str(config["model_type"]))
         whole_file.write_json(folder / told.FILE, told.as_table())
+
+    def parameters(self, trained: Trained) -> int:
+        entries = trained.start.entries
+        return sum(entries[name].lazy.size for name in _names_of(trained).values())
 
 
 def _config(begun: Start) -> dict[str, Any]:
@@ -53,6 +55,11 @@ def _untied(begun: Start) -> str | None:
     if built is None or not built.recipe.moe.untie or tied is None or tied[0] in begun.dense.tensors:
         return None
     return tied[0]
+
+
+def _names_of(trained: Trained) -> Mapping[str, str]:
+    assert trained.expert is not None
+    return _names(trained.start, trained.expert)
 
 
 def _names(begun: Start, number: int) -> Mapping[str, str]:

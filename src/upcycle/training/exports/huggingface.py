@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from upcycle.blueprints.blueprint import with_cache
+from upcycle.blueprints.blueprint import Blueprint, with_cache
 from upcycle.checkpoints.dtypes import COUNTERS
 from upcycle.conversion import selection
 from upcycle.errors import UpcycleError
@@ -56,8 +56,10 @@ def write_model(trained: Trained, folder: Path, dtype: str) -> None:
             ) from None
     (folder / "generation_config.json").unlink(missing_ok=True)  # if the source has one, it is copied
     config = with_cache(begun.config | {"dtype": dtype, "torch_dtype": dtype})
-    config |= {key: value for key, value in _of_training(trained).items() if key in config}
     if begun.built is not None:
+        target, told = begun.built.target, _of_training(trained, begun.built)
+        own = target.own_config(config)
+        config = target.with_own(config, {key: value for key, value in told.items() if key in own})
         config |= {k: v for k, v in begun.built.stored_config(dtype).items() if k == kernels.KEY}
     whole_file.write_json(folder / "config.json", config)
     open_to_others(folder)
@@ -70,18 +72,16 @@ def open_to_others(folder: Path) -> None:
         path.chmod(mode)
 
 
-def _of_training(trained: Trained) -> dict[str, float]:
-    """Return the keys of config.json that say how routers were trained, in the terms of transformers.
+def _of_training(trained: Trained, built: Blueprint) -> dict[str, float]:
+    """Return the keys of the model's config that say how routers were trained, in the terms of transformers.
 
     Trainers read them: `router_aux_loss_coef` is the weight of a loss that is top_k at perfect balance, for
     all layers together. `output_router_logits` stays false: it is a switch of the forward pass, and
     `generate` with a cache fails with it (transformers 5.23).
     """
     balance = Course(trained.run).after(trained.step).run.router
-    built = trained.start.built
-    layers = (
-        len(built.sites) if built and balance.layers == "sum" and balance.balance_loss == "per_layer" else 1
-    )
+    summed = balance.layers == "sum" and balance.balance_loss == "per_layer"
+    layers = len(built.sites) if summed else 1
     return {
         "router_aux_loss_coef": balance.balance_loss_coef * layers,
         "router_jitter_noise": balance.jitter,
