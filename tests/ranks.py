@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 import upcycle
 from upcycle import Recipe, UpcycleError, loading, tasks
@@ -218,6 +218,59 @@ def gradients(
                 }
             )
     return out
+
+
+def routed(source: str, cases: list[tuple[Layout, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What the routers of a step in mixed precision read, and what they are before it, at each layout.
+
+    With the gradients that reach them and the norms of all, and their biases after the step.
+    """
+    out = []
+    for layout, changes in cases:
+        run = run_of(source, layout, changes)
+        with ranks(run.parallel, experts=experts_of(run)) as every:
+            here = every.computing_in("mixed")
+            trainee = trainee_of(run, here, "mixed")
+            assert trainee.routers is not None
+            pairs = [*zip(trainee.routers.names, trainee.routers.modules, strict=True)]
+            held = {f"{n}.{k}": p for n, router in pairs for k, p in router.named_parameters()}
+            with torch.no_grad():  # values that bfloat16 does not have
+                for number, parameter in enumerate(held.values()):
+                    generator = torch.Generator().manual_seed(number)
+                    drawn = 0.3 * torch.randn(parameter.shape, generator=generator)
+                    grads.local(parameter).copy_(_part(drawn, parameter))
+            before = {name: whole(p) for name, p in held.items()}
+            read: dict[str, torch.Tensor] = {}
+
+            def look(router: Any, _: Any, read: Any = read, pairs: Any = pairs) -> None:
+                (name,) = (n for n, other in pairs if other is router)
+                read.update({f"{name}.{k}": p.detach().clone() for k, p in router.named_parameters()})
+
+            for _, router in pairs:
+                router.register_forward_pre_hook(look)
+            kept: dict[str, torch.Tensor] = {}
+
+            def keep(*_: Any, kept: Any = kept, trainee: Any = trainee) -> None:
+                found = {n: p.grad for n, p in trainee.model.named_parameters() if p.grad is not None}
+                kept.update({name: whole(gradient) for name, gradient in found.items()})
+
+            trainee.optimizer.register_step_pre_hook(keep)
+            batch = batch_of(run, trainee.task)
+            share = run.train.rows // here.dp_size
+            mine = {name: t[here.dp_rank * share :][:share] for name, t in batch.items()}
+            score_of(trainee, batch)  # without a backward pass, after which FSDP would free them
+            outcome = step.train_step(trainee, mine, 0, 1e-3)
+            after = {name: whole(p) for name, p in trainee.model.named_parameters() if name in held}
+            out.append({"before": before, "read": read, "gradients": kept, "after": after})
+            out[-1] |= {"norm": outcome.grad_norm, "loss": outcome.loss}
+    return out
+
+
+def _part(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The part of a whole tensor that this rank has of another one."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements).to_local()
 
 
 def updated(source: str, cases: list[tuple[Layout, dict[str, Any]]], steps: int = 1) -> list[dict[str, Any]]:

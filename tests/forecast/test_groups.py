@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ import simulated
 import tiny
 import tiny_wrappers
 import upcycle
+from marks import sampled
 from upcycle import Recipe, cli, families
 from upcycle.blueprints.making import blueprint
 from upcycle.forecast import groups, head
@@ -35,6 +37,7 @@ LLAVA = {
     "vision_config": VISION, "image_token_index": 32000, "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }  # fmt: skip
+WIDE = [("ernie4_5", "ernie4_5_moe"), ("hunyuan_v1_dense", "hunyuan_v1_moe")]  # by their class
 ALONE = {"moe": {"part_only": "text"}}
 
 
@@ -52,13 +55,13 @@ def llava(tmp_path_factory):
     return tiny.write_headers(tmp_path_factory.mktemp("forecast") / "llava", LLAVA, shapes)
 
 
-def of_torch(built, layout):
+def of_torch(built, layout, precision="float32"):
     """The names on disk of the parameters of each group that FSDP makes, and whether it stays gathered."""
-    config = DistributedConfig(fsdp_size=layout.fsdp, ep_size=layout.ep)
+    mixed = precision == "mixed"
+    config = DistributedConfig(fsdp_size=layout.fsdp, ep_size=layout.ep, fsdp_mixed_precision=mixed)
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     with simulated.world(layout.world):
-        model = building.on_meta(
-            models.architecture(built.target.architecture), built.config, dtype=torch.float32
-        )
+        model = building.on_meta(models.architecture(built.target.architecture), built.config, dtype=dtype)
         names = building.renamed(model, built.target.in_memory(built.entries))
         distributing.distribute(model, config, meshes.meshes(layout))
         known = {id(parameter): names[name] for name, parameter in model.named_parameters()}
@@ -66,6 +69,8 @@ def of_torch(built, layout):
         for state in {m._get_fsdp_state() for m in model.modules() if isinstance(m, FSDPModule)}:
             for group in state._fsdp_param_groups:
                 members = frozenset(known[id(each.sharded_param)] for each in group.fsdp_params)
+                trained = (each.sharded_param for each in group.fsdp_params)
+                assert len({each.dtype for each in trained if each.requires_grad}) == 1
                 found[members] = state is model._get_fsdp_state() or not group._reshard_after_forward
         return found
 
@@ -82,6 +87,33 @@ def test_groups_are_those_that_torch_makes(kind, target, layout, tmp_path):
     )
     found = groups.of(built, layout)
     assert {frozenset(group.names): group.kept for group in found} == of_torch(built, layout)
+
+
+@pytest.mark.parametrize(("kind", "target"), [("llama", "upcycled"), *WIDE])
+def test_routers_in_float32_are_groups_of_their_own(kind, target, dense):
+    """The forecast knows which they are, in mixed precision and in bfloat16."""
+    built = blueprint(dense(kind), Recipe.of(moe={"num_experts": 4, "target": target}))
+    for layout, precision in itertools.product((Layout(fsdp=2), Layout(fsdp=2, ep=2)), ("mixed", "bfloat16")):
+        found = groups.of(built, layout, precision)
+        assert {frozenset(group.names): group.kept for group in found} == of_torch(built, layout, precision)
+        wide = [group for group in found if group.wide]
+        assert len(wide) == (len(built.sites) if precision in built.target.wide_router else 0)
+        assert all("gate" in group.names[0] or "router" in group.names[0] for group in wide)
+
+
+NATIVES = {native: name for name in reversed(tiny.DECODERS) for native in families.find(name).natives}
+OTHERS = [(name, native) for native, name in NATIVES.items() if (name, native) not in WIDE]
+
+
+@pytest.mark.parametrize(("kind", "target"), sampled(OTHERS, 6))
+def test_other_routers_are_with_their_blocks(kind, target, dense):
+    """And each group has one type, which `of_torch` asserts."""
+    built = blueprint(dense(kind), Recipe.of(moe={"num_experts": 4, "target": target}))
+    assert not built.target.wide_router
+    routers = [name for name in built.entries if name.endswith(built.target.router)]
+    for precision in ("mixed", "bfloat16"):
+        found = of_torch(built, Layout(fsdp=2), precision)
+        assert not any(group <= {*routers} for group in found)
 
 
 @pytest.mark.parametrize("layout", [Layout(fsdp=8), Layout(fsdp=8, ep=8), Layout(fsdp=4, tp=2)], ids=str)

@@ -14,12 +14,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import ranks
 import upcycle
 from tiny import make, make_bytes_tokenizer, make_dense
 from upcycle import Recipe, UpcycleError, cli, convert
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.evaluation.scores import evaluate
 from upcycle.evaluation.to_score import ToScore
+from upcycle.training import step
+from upcycle.training.parallel import ranks as world
 
 NATIVE = Recipe.of(moe={"num_experts": 4, "top_k": 2})
 IDS = torch.arange(24).view(2, 12) % 90
@@ -46,6 +49,39 @@ def mixtral(llama, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("opened") / "moe"
     convert(llama, out, NATIVE)
     return out
+
+
+@pytest.mark.parametrize("target", ["mixtral", "ernie4_5_moe", "upcycled"])
+@pytest.mark.parametrize("wanted", [None, "grouped_mm"])
+def test_experts_of_a_mixed_run_compute_in_bfloat16(wanted, target, dense, monkeypatch):
+    """On one process autocast says so, and grouped products do not follow it; the loop of experts does."""
+    products, seen = torch.nn.functional.grouped_mm, []
+
+    def look(a, b, **options):
+        seen.append((a.dtype, b.dtype))
+        return products(a, b, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", look)
+    source = str(dense("ernie4_5" if target == "ernie4_5_moe" else "llama"))
+    found = {}
+    for how in (wanted, "eager"):
+        chosen = {"experts_implementation": how} if how else {}
+        run = ranks.run_of(source, {}, {"moe": {"target": target}, "train": chosen})
+        with world(run.parallel) as here:
+            trainee = ranks.trainee_of(run, here, "mixed")
+        trainee.optimizer.register_step_pre_hook(
+            lambda *_, model=trainee.model, how=how: found.update(
+                {how: {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}}
+            )
+        )
+        step.train_step(trainee, ranks.batch_of(run, trainee.task), 0, 1e-3)
+    assert {*seen} == {(torch.bfloat16, torch.bfloat16)}
+    experts = [name for name in found["eager"] if ".experts." in name]
+    assert len(experts) >= 4
+    for name in experts:
+        gradient, reference = found[wanted][name], found["eager"][name]
+        assert gradient.dtype == torch.float32
+        assert (gradient - reference).norm() < 0.05 * reference.norm(), name
 
 
 DOWN = "model.layers.1.mlp.down_proj.weight"

@@ -84,6 +84,16 @@ def test_steps_of_tensor_parallel_ranks(
     assert (found.stepped, found.not_stepped) == (2, None)
 
 
+@pytest.mark.parametrize("name", ["ernie4_5", "hunyuan_v1_dense"])
+def test_steps_of_routers_that_their_class_keeps_in_float32(name: str, tmp_path: Path) -> None:
+    """Two ranks in bfloat16: FSDP reduces gradients of one type in a group."""
+    source = make_dense(tmp_path / name, name, num_hidden_layers=2)
+    for precision in ("bfloat16", "mixed"):
+        changes = {"train": {**table(source)["train"], "precision": precision}}
+        found = rehearse(Run.of(table(source, **changes)), world=2)
+        assert (found.stepped, found.not_stepped) == (2, None)
+
+
 def test_the_command(source: Path, capsys: Any) -> None:
     """It says what a run would refuse, and leaves nothing behind."""
     before = sorted(source.parent.rglob("*"))

@@ -76,10 +76,19 @@ DECAYED = CASES["vit"][2] | {
 }
 
 
+BIASED = {"router": {"name": "sigmoid", "bias_update_rate": 1e-3, "std": 0.5}, "train": {"micro_batch": 1}}
+# The routers that one process reads in float32 under mixed precision: ours, and one of transformers.
+IN_FLOAT32 = {
+    "llama": {"moe": MOE, **BIASED},
+    "ernie": {"router": {"bias_update_rate": 1e-3, "std": 0.5}},
+}
+
+
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dense")
     made = {case: tiny.make(folder / case, name, **changes) for case, (name, changes, _) in CASES.items()}
+    made["ernie"] = tiny.make_dense(folder / "ernie", "ernie4_5", num_hidden_layers=2)
     for name in ("BertForMaskedLM", "T5ForConditionalGeneration", "ConvNextV2ForImageClassification"):
         made[name] = tiny.make(folder / name, name)
     return {case: str(source) for case, source in made.items()}
@@ -108,6 +117,9 @@ def two(sources, tables):
     calls = [("loads", (tables, TWO)), *(("gradients", each) for each in wanted)]
     calls.append(("gradients", (sources["ConvNextV2ForImageClassification"], [({"fsdp": 2}, RESPONSE_NORM)])))
     calls.append(("updated", (sources["vit"], [(layout, DECAYED) for layout in TWO])))
+    calls += [
+        ("routed", (sources[case], [(layout, run) for layout in TWO])) for case, run in IN_FLOAT32.items()
+    ]
     return gloo.run(2, "ranks:several", calls)
 
 
@@ -203,7 +215,7 @@ def test_a_response_norm_has_its_image_on_two_processes(two, sources):
     norms = [float(g.norm()) for n, g in reference["gradients"].items() if ".grn_weight" in n]
     assert min(norms) > 1e-3 * reference["norm"]
     for result in two:
-        same(result[-2][0], reference)
+        same(result[-4][0], reference)
 
 
 @pytest.mark.slow
@@ -222,7 +234,33 @@ def test_rates_of_two_processes_are_those_of_one(two, sources):
     assert {rate for rate, _ in reference["rates"].values()} == {1e-3 * 0.5**n for n in (0, 1, 2, 3)} - {0.0}
     assert {rate for rate, _ in before["rates"].values()} == {1e-3}
     for result in two:
-        for found in result[-1]:
+        for found in result[-3]:
             assert found["rates"] == reference["rates"]
             for name, value in reference["values"].items():
                 torch.testing.assert_close(found["values"][name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("number", range(len(IN_FLOAT32)), ids=[*IN_FLOAT32])
+def test_mixed_precision_leaves_routers_in_float32(number, two, sources):
+    """Two processes read the bits that they hold, as one does, and the gradients reach them once."""
+    case, changes = [*IN_FLOAT32.items()][number]
+    (alone,) = ranks.routed(sources[case], [({}, changes)])
+    for result in two:
+        for found in result[number - len(IN_FLOAT32)]:
+            assert {name.rpartition(".")[2] for name in found["read"]} == {
+                "weight",
+                "e_score_correction_bias",
+            }
+            for name, wanted in alone["read"].items():
+                assert not torch.equal(wanted, wanted.bfloat16().float()), name
+                assert found["read"][name].dtype == torch.float32, name
+                assert torch.equal(found["read"][name], wanted), name
+                if name.endswith("bias"):
+                    moved = found["after"][name] - found["before"][name]
+                    assert 0 < float(moved.abs().max()) == pytest.approx(1e-3, abs=1e-7)
+                else:  # what comes from the blocks is of bfloat16
+                    off = found["gradients"][name] - alone["gradients"][name]
+                    assert off.norm() < 0.05 * alone["gradients"][name].norm(), name
+            assert found["gradients"].keys() == alone["gradients"].keys()
+            assert found["loss"] == pytest.approx(alone["loss"], rel=0.01)
+            assert found["norm"] == pytest.approx(alone["norm"], rel=0.05)

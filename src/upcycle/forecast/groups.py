@@ -1,11 +1,11 @@
 """The groups of parameters that FSDP gathers, frees and reduces together, in the order of the forward pass.
 
 They are those of transformers' plan (`base_model_fsdp_plan`, `_fsdp_plan`), which `hf/distributing.py`
-follows: each block is one, and so are the experts of a block if expert parallelism shares them out. A native
-or dense class gathers its embedding apart, and its last norm with its head. Tied parameters, and what no rule
-names, are gathered with the whole model. So is what stands around a text model: its vision tower, and its
-head unless the plan of the class names it. torch gathers the blocks of some towers of sound one by one, so
-the forecast of these is too high.
+follows: each block is one, and so are the experts of a block if expert parallelism shares them out, and its
+router if it is in float32 and the block is not. A native or dense class gathers its embedding apart, and its
+last norm with its head. Tied parameters, and what no rule names, are gathered with the whole model. So is
+what stands around a text model: its vision tower, and its head unless the plan of the class names it. torch
+gathers the blocks of some towers of sound one by one, so the forecast of these is too high.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Group:
     parameters: tuple[Sharded, ...]
     names: tuple[str, ...]  # of the parameters, in memory
     block: tuple[str, int] | None = None  # the stack and the number of their block; None outside the blocks
+    wide: bool = False  # whether they are in float32, whatever the precision
     experts: bool = False  # whether expert parallelism shares them out
     kept: bool = False  # whether they stay gathered from the forward to the end of the backward pass
 
@@ -67,11 +68,15 @@ class Group:
         return Counter((each.fsdp, each.tp if split else None) for each in self.parameters)
 
 
-def of(built: Blueprint, layout: Layout) -> tuple[Group, ...]:
-    """Return the groups of a blueprint's model, in the order in which the forward pass gathers them."""
+def of(built: Blueprint, layout: Layout, precision: str = "float32") -> tuple[Group, ...]:
+    """Return the groups of a blueprint's model, in the order in which the forward pass gathers them.
+
+    `precision` is that of the run (`train.precision`).
+    """
     stacks, target = built.dense.stacks, built.target
     starts = {stack.path.partition("{i}")[0]: stack.blocks for stack in stacks}
     tied = bool(built.tied_head)
+    wide = target.wide_router.get(precision, ()) if layout.dp > 1 else ()
     keys: dict[str, tuple[int, str]] = {}
     cuts: dict[str, Sharded] = {}
     for name, entry in target.in_memory(built.entries).items():
@@ -82,7 +87,8 @@ def of(built: Blueprint, layout: Layout) -> tuple[Group, ...]:
         else:
             path = start + own.removeprefix(start).partition(".")[0]
             inside = _EXPERTS.search(own) if layout.ep > 1 else None
-            keys[name] = _BLOCK, f"{path}.{inside[1]}" if inside else path
+            part = _ROUTER if any(each in own for each in wide) else f".{inside[1]}" if inside else ""
+            keys[name] = _BLOCK, path + part
         expert = keys[name][1].endswith(_OF_EXPERTS)
         shape = tuple(entry.shape)
         split = None if expert or layout.tp == 1 else _cut(own, shape)
@@ -96,8 +102,9 @@ def of(built: Blueprint, layout: Layout) -> tuple[Group, ...]:
             parameters=tuple(members.values()),
             names=tuple(members),
             block=_block(name, starts, stacks),
+            wide=name.endswith(_ROUTER),
             experts=name.endswith(_OF_EXPERTS),
-            kept=place in (_ROOT, _HEAD),
+            kept=place in (_ROOT, _HEAD) or name.endswith(_ROUTER),
         )
         for (place, name), members in found.items()
     ]
@@ -109,6 +116,7 @@ def of(built: Blueprint, layout: Layout) -> tuple[Group, ...]:
 
 _ROOT, _EMBEDDING, _BLOCK, _HEAD = range(4)  # kinds of groups, in the order of the forward pass
 _OF_EXPERTS = (".experts", ".universal")
+_ROUTER = ".router"
 _EXPERTS = re.compile(r"\.(experts|universal)\.")
 
 
@@ -139,10 +147,12 @@ def _check(found: Collection[tuple[str, int] | None], stacks: Sequence[Stack]) -
         raise AssertionError(f"the forecast has no parameters of the blocks {missing}")
 
 
-def _place(name: str, places: dict[str, tuple[int, int]]) -> tuple[int, int, bool]:
-    """Return the place of a group in the forward pass: a block comes before its experts."""
-    owner = name.rpartition(".")[0] if name.endswith(_OF_EXPERTS) else name
-    return (*places.get(owner, places[name]), owner != name)
+def _place(name: str, places: dict[str, tuple[int, int]]) -> tuple[int, int, int]:
+    """Return the place of a group in the forward pass: a block comes before its router and its experts."""
+    inside = (_ROUTER, *_OF_EXPERTS)
+    number = next((n for n, end in enumerate(inside, 1) if name.endswith(end)), 0)
+    owner = name.removesuffix(inside[number - 1]) if number else name
+    return (*places.get(owner, places[name]), number)
 
 
 def _cut(name: str, shape: tuple[int, ...]) -> Split | None:

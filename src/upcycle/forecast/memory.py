@@ -10,16 +10,16 @@ which needs no memory of its own.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from upcycle.families import Stack
 from upcycle.forecast import activations, head
 from upcycle.forecast.groups import Group
-from upcycle.forecast.setting import Setting
+from upcycle.forecast.setting import F32, Setting
 from upcycle.sharding.placement import elements, part
 
-F32 = 4
 LOGITS_MADE = 4 + 4  # bytes a logit in the forward pass, beside itself: in float32, and its log-softmax
 LOGITS_TAUGHT = 4 + 4  # of a teacher, beside themselves: their log-softmax, and the divergence of each word
 LOGITS_BACK = 3 * 4  # as the backward pass begins: the log-softmax, and the gradients behind and before it
@@ -63,11 +63,11 @@ class Held:
 
 def held(setting: Setting) -> Held:
     """Return what the most loaded rank holds of the model, between two steps but for the gradients."""
-    count = sum(group.share(setting.layout) for group in setting.groups)
-    trained = sum(group.trained(setting.trained).share(setting.layout) for group in setting.groups)
+    own = [(group.trained(setting.trained).share(setting.layout), group) for group in setting.groups]
+    trained = sum(share for share, _ in own)
     return Held(
-        weights=setting.stored * count,
-        gradients=setting.stored * trained,
+        weights=sum(setting.stored_in(group) * group.share(setting.layout) for group in setting.groups),
+        gradients=sum(setting.stored_in(group) * share for share, group in own),
         moments=round(setting.state_bytes * trained),
         teacher=taught(setting),
     )
@@ -112,7 +112,13 @@ class _Block:
     stack: Stack
     layer: int
     own: Group
+    routers: tuple[Group, ...]  # apart from `own` if they are in float32 and the block is not
     experts: tuple[Group, ...]  # apart from `own` under expert parallelism
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """All of its groups."""
+        return self.own, *self.routers, *self.experts
 
 
 class _Walk:
@@ -126,7 +132,13 @@ class _Walk:
             if group.block is not None:
                 inside.setdefault(group.block, []).append(group)
         self.blocks = [
-            _Block(stacks[name], layer, members[0], tuple(members[1:]))
+            _Block(
+                stacks[name],
+                layer,
+                members[0],
+                tuple(group for group in members[1:] if group.wide),
+                tuple(group for group in members[1:] if group.experts),
+            )
             for (name, layer), members in inside.items()
         ]
         outside = [group for group in setting.groups if group.block is None]
@@ -135,9 +147,10 @@ class _Walk:
         self.head = next((g for g in outside if g.kept and g is not self.root), None)
         self.kept = [activations.kept(setting, b.stack, b.layer) for b in self.blocks]
         self.shares = [
-            setting.stored * sum(self._share(self._trained(g)) for g in (b.own, *b.experts))
-            for b in self.blocks
+            sum(setting.stored_in(g) * self._share(self._trained(g)) for g in b.groups) for b in self.blocks
         ]
+        whole_routers = (sum(self._whole(g) for g in b.routers) for b in self.blocks)
+        self.routers = [*itertools.accumulate(whole_routers)]  # of the blocks so far; they stay gathered
         whole = held(setting)
         self.always = {"weights": whole.weights, "moments": whole.moments, "teacher": whole.teacher}
         self.accumulated = whole.gradients if setting.passes > 1 else 0  # gradients of earlier passes
@@ -154,7 +167,7 @@ class _Walk:
         """The gathered group. Without FSDP, autocast makes a copy of every weight instead."""
         if group is None or not (self.setting.sharded or self.setting.precision == "mixed"):
             return 0.0
-        return self.setting.width * group.gathered(self.layout)
+        return self.setting.width_in(group) * group.gathered(self.layout)
 
     def _buffer(self, group: Group | None) -> float:
         """The buffer that a group arrives in; one rank alone copies straight."""
@@ -171,13 +184,14 @@ class _Walk:
         if not self.setting.sharded:
             return 0.0  # they are the gradients that the optimizer takes
         own = [group.trained(self.setting.trained) for group in groups]
-        return self.setting.width * sum(group.gathered(self.layout) for group in own)
+        return sum(self.setting.width_in(group) * group.gathered(self.layout) for group in own)
 
     def _reduced(self, group: Group | None) -> float:
         """The buffer from which gradients are reduced."""
         if group is None or not self.setting.sharded:
             return 0.0
-        return self.setting.stored * group.trained(self.setting.trained).gathered(self.layout)
+        own = group.trained(self.setting.trained)
+        return self.setting.stored_in(group) * own.gathered(self.layout)
 
     def _root(self, *, backward: bool) -> tuple[float, float]:
         """The parameters that are gathered all the time, and the gradients that wait with them."""
@@ -196,7 +210,7 @@ class _Walk:
         last = dense.stacks[-1]
         tokens, width = setting.tokens(last.name), setting.width
         narrow = width if width < 4 else 0
-        gathered = self._whole(self.head) + self._root(backward=False)[0]
+        gathered = self._whole(self.head) + self._root(backward=False)[0] + self.routers[-1]
         logits, made, added = head.of(setting), 0, 0
         count = logits.at_once if logits else 0
         if logits and logits.chunk is not None:
@@ -209,7 +223,7 @@ class _Walk:
         norm = tokens * last.hidden * (4 + 2 * width)
         alive = sum(self.kept) + tokens * last.hidden * width + norm
         if not setting.sharded and setting.precision == "mixed":
-            gathered += sum(self._whole(g) for b in self.blocks for g in (b.own, *b.experts))
+            gathered += sum(self._whole(g) for b in self.blocks for g in b.groups)
         common = {"gradients": float(self.accumulated), "activations": alive, "gathered": gathered}
         common["masks"] = masks(setting, 1 if setting.recompute is True else len(self.blocks))
         said = 0
@@ -223,6 +237,7 @@ class _Walk:
         if self.head is None or not setting.sharded:
             return
         common["gathered"] = self._root(backward=False)[0] + self._buffer(self.blocks[-1].own)
+        common["gathered"] += self.routers[-1]
         for name, reduced in self._reductions(self.head):
             yield self._memory(f"{name} of the head", **common, reduced=reduced)
 
@@ -230,6 +245,7 @@ class _Walk:
         """The backward pass of one block."""
         setting, block, after = self.setting, self.blocks[number], number + 1
         gathered, waiting = self._root(backward=True)
+        gathered += self.routers[number]
         tokens = setting.tokens(block.stack.name)
         masked = masks(setting, 1 if setting.recompute is True else after)
         back = tokens * block.stack.hidden * setting.width  # the gradient of the block's output

@@ -16,6 +16,7 @@ from upcycle.forecast.groups import Group
 from upcycle.sharding.layout import Layout
 
 Precision = Literal["mixed", "float32", "bfloat16"]
+F32 = 4
 Recompute = bool | Literal["selective"]
 
 
@@ -49,12 +50,20 @@ class Setting:
     @cached_property
     def groups(self) -> tuple[Group, ...]:
         """The groups of parameters, in the order of the forward pass."""
-        return groups.of(self.built, self.layout)
+        return groups.of(self.built, self.layout, self.precision)
 
     @property
     def stored(self) -> int:
         """The bytes of a weight and of its gradient."""
         return 2 if self.precision == "bfloat16" else 4
+
+    def stored_in(self, group: Group) -> int:
+        """Return the bytes of a weight of a group, and of its gradient."""
+        return F32 if group.wide else self.stored
+
+    def width_in(self, group: Group) -> int:
+        """Return the bytes of a gathered weight of a group."""
+        return F32 if group.wide else self.width
 
     @property
     def state_bytes(self) -> float:

@@ -65,15 +65,15 @@ def _parameters(setting: Setting) -> Iterator[Collective]:
         reduced = group.trained(setting.trained).share(layout)
         yield Collective(
             kind="all_gather", what=group.name, ranks=ranks, apart=apart,
-            times=setting.passes * (1 if group.kept else 2), bytes=ranks * share * setting.width,
+            times=setting.passes * (1 if group.kept else 2), bytes=ranks * share * setting.width_in(group),
         )  # fmt: skip
         yield Collective(
             kind="reduce_scatter", what=group.name, ranks=ranks, apart=apart, times=setting.passes,
-            bytes=ranks * reduced * setting.stored,
+            bytes=ranks * reduced * setting.stored_in(group),
         )  # fmt: skip
         yield Collective(
             kind="all_reduce", what=group.name, ranks=layout.replicate, apart=layout.replica,
-            times=setting.passes, bytes=reduced * setting.stored,
+            times=setting.passes, bytes=reduced * setting.stored_in(group),
         )  # fmt: skip
     if (teacher := setting.teacher) is not None:
         # It is gathered block by block in its forward pass, which is the only one.

@@ -82,19 +82,25 @@ def _made(
 
 def _widen(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Give the parameters that a class keeps in a wider dtype that dtype."""
-    plan = model._get_dtype_plan(dtype)
-    if not plan:
-        return
-    pattern, by_group, _ = build_glob_alternation(list(plan))
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if (found := pattern.search(name)) is None:
-            continue
-        wide = tensor.to(plan[by_group[found.lastgroup]])
+    tensors = model.state_dict(keep_vars=True)
+    for name, wider in kept_wide(model, dtype).items():
+        tensor = tensors[name]
+        wide = tensor.to(wider)
         place(
             model,
             name,
             nn.Parameter(wide, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else wide,
         )
+
+
+def kept_wide(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Return the tensors of the state dict that the class keeps in a wider dtype in a model of `dtype`."""
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return {}
+    pattern, by_group, _ = build_glob_alternation(list(plan))
+    found = ((name, pattern.search(name)) for name in model.state_dict())
+    return {name: plan[by_group[match.lastgroup]] for name, match in found if match is not None}
 
 
 def place(model: nn.Module, name: str, tensor: torch.Tensor) -> None:

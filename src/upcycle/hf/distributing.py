@@ -8,7 +8,9 @@ number.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,8 +24,9 @@ from transformers.distributed.fsdp import is_norm_and_head_pair
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 from transformers.distributed.utils import TransformersDeviceMesh
 
-from upcycle.hf import building
+from upcycle.hf import building, recorded
 from upcycle.hf.meshes import Meshes
+from upcycle.nn.moe import RouterLayer
 from upcycle.sharding import placement
 from upcycle.sharding.layout import Layout
 from upcycle.sharding.placement import Sharded, Split
@@ -94,19 +97,32 @@ def _fully_shard(
     fsdp_plan: Mapping[str, str],
     cuts: Mapping[str, Sharded],
 ) -> None:
-    """Group parameters as transformers' plan says, and shard each along the axis that was planned."""
+    """Group parameters as transformers' plan says, and shard each along the axis that was planned.
+
+    A router that is read in float32 is a group of its own (`_apart`). It stays gathered from the forward pass
+    to the end of the backward pass: it is small, and a collective costs more than its memory.
+    """
     layout = layout_of(config)
     axes = {id(p): Shard(cuts[name].fsdp) for name, p in model.named_parameters()}
 
-    def shard(module: nn.Module | list[nn.Module], mesh: Any, *, keep: bool = False) -> None:
+    def shard(
+        module: nn.Module | list[nn.Module], mesh: Any, *, keep: bool = False, as_stored: bool = False
+    ) -> None:
         fully_shard(
             module,
             mesh=mesh,
             reshard_after_forward=not keep,
             shard_placement_fn=lambda parameter: axes[id(parameter)],
-            **_policies(config),
+            **_offloading(config),
+            **({} if as_stored else _precision(config)),
         )
 
+    apart = _apart(model, config)
+    for router in apart.values():
+        shard(router, meshes.parameters, keep=True, as_stored=True)
+        # torch warns of outputs that are views: changed in place, they lose a hook, which is not needed here.
+        warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({type(router).__name__}\)")
+    fsdp_plan = {name: style for name, style in fsdp_plan.items() if not _is_in(name, apart)}
     if layout.ep > 1:
         for name, module in model.named_modules():
             if ep_plan.get(name) == DISPATCHED:
@@ -132,32 +148,100 @@ def _fully_shard(
         model,
         mesh=meshes.parameters,
         shard_placement_fn=lambda parameter: axes[id(parameter)],
-        **_policies(config),
+        **_offloading(config),
+        **_precision(config),
     )
     model._is_fsdp_managed_module = True  # generate looks at it
+    chain = list(_chain(model, fsdp_plan, ep_plan, apart))
     if layout.ep > 1:
-        _gather_ahead(model, fsdp_plan, ep_plan)
+        _gather_ahead(chain)
+    _gather_behind(chain)
 
 
-def _gather_ahead(model: PreTrainedModel, fsdp_plan: Mapping[str, str], ep_plan: Mapping[str, str]) -> None:
-    """Let FSDP gather the next block, and its experts, as a block begins in the forward pass.
+def _apart(model: PreTrainedModel, config: DistributedConfig) -> dict[str, nn.Module]:
+    """Return the routers, by their names, that are read in float32 while their blocks are in bfloat16.
+
+    FSDP gathers a group in one type, and its gradients must have one. Under mixed precision it would round
+    the weights of a router, and the small steps of its correction bias, which one process reads in float32:
+    ours always, and one of transformers if its class keeps it in float32. Without mixed precision, what
+    counts is whether a trained parameter has another type than the model.
+    """
+    kept = building.kept_wide(model, torch.bfloat16)
+
+    def is_wide(name: str, router: nn.Module) -> bool:
+        names = (f"{name}.{own}" for own, _ in router.named_parameters())
+        if any(p.requires_grad and p.dtype != model.dtype for p in router.parameters()):
+            return True
+        of_class = isinstance(router, RouterLayer) or any(each in kept for each in names)
+        return config.fsdp_mixed_precision and of_class
+
+    return {name: router for name, router in recorded.routers(model) if is_wide(name, router)}
+
+
+def _is_in(name: str, modules: Iterable[str]) -> bool:
+    """Return whether a name is that of one of these modules, or of something in it."""
+    return any(name == each or name.startswith(f"{each}.") for each in modules)
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """What FSDP gathers for one entry of the plan, such as a block, in the order of the forward pass."""
+
+    name: str
+    own: FSDPModule
+    routers: tuple[FSDPModule, ...]  # groups of their own, which stay gathered
+    experts: tuple[FSDPModule, ...]  # groups of their own under expert parallelism
+
+    @property
+    def parent(self) -> str:
+        """The list that a block is in."""
+        return self.name.rpartition(".")[0]
+
+
+def _chain(
+    model: PreTrainedModel, fsdp_plan: Mapping[str, str], ep_plan: Mapping[str, str], apart: Iterable[str]
+) -> Iterator[_Gathered]:
+    """Yield what FSDP gathers, in the order of the forward pass."""
+    last: Any = None
+    for name, module in model.named_modules():
+        if name not in fsdp_plan or not isinstance(module, FSDPModule):
+            continue
+        if module._get_fsdp_state() is last:
+            continue  # two modules that are gathered together
+        last = module._get_fsdp_state()
+        dispatched = [each for each, style in ep_plan.items() if style == DISPATCHED]
+        routers, experts = (
+            tuple(
+                found
+                for each in names
+                if _is_in(each, [name]) and isinstance(found := model.get_submodule(each), FSDPModule)
+            )
+            for names in (apart, dispatched)
+        )
+        yield _Gathered(name, module, routers, experts)
+
+
+def _gather_ahead(chain: Sequence[_Gathered]) -> None:
+    """Let FSDP gather the next block, its router and its experts as a block begins in the forward pass.
 
     FSDP gathers a block when the host comes to it, which is soon enough while the host runs ahead of the
     device. Under expert parallelism it does not: in every layer it reads how many tokens go to each rank. In
     the backward pass FSDP gathers the block before by itself, and nothing is read there. torchtitan does this
     in both passes.
     """
-    chain: list[list[FSDPModule]] = []
-    for name, module in model.named_modules():
-        if name not in fsdp_plan or not isinstance(module, FSDPModule):
-            continue
-        if chain and module._get_fsdp_state() is chain[-1][0]._get_fsdp_state():
-            continue  # two modules that are gathered together
-        inside = (n for n in ep_plan if n.startswith(f"{name}.") and ep_plan[n] == DISPATCHED)
-        experts = [model.get_submodule(n) for n in inside]
-        chain.append([module, *(each for each in experts if isinstance(each, FSDPModule))])
-    for (module, *_), following in itertools.pairwise(chain):
-        module.set_modules_to_forward_prefetch(following)
+    for each, following in itertools.pairwise(chain):
+        each.own.set_modules_to_forward_prefetch([following.own, *following.routers, *following.experts])
+
+
+def _gather_behind(chain: Sequence[_Gathered]) -> None:
+    """Let FSDP gather the block before as soon in the backward pass as if the router were no group.
+
+    By itself, FSDP gathers the group that came before in the forward pass. For a block with such a router, or
+    for its experts, that is the router, which is still there.
+    """
+    for before, each in itertools.pairwise(chain):
+        if each.routers and before.parent == each.parent:
+            (each.own, *each.experts)[-1].set_modules_to_backward_prefetch([before.own])
 
 
 def _average_experts(module: nn.Module, layout: Layout) -> None:
@@ -172,14 +256,16 @@ def _average_experts(module: nn.Module, layout: Layout) -> None:
         module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
 
 
-def _policies(config: DistributedConfig) -> dict[str, Any]:
-    """Return what `fully_shard` needs to know about precision and offloading."""
-    out: dict[str, Any] = {}
-    if config.fsdp_cpu_offload:
-        out["offload_policy"] = CPUOffloadPolicy()
-    if config.fsdp_mixed_precision:
-        out["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    return out
+def _offloading(config: DistributedConfig) -> dict[str, Any]:
+    """Return what `fully_shard` needs to know about offloading."""
+    return {"offload_policy": CPUOffloadPolicy()} if config.fsdp_cpu_offload else {}
+
+
+def _precision(config: DistributedConfig) -> dict[str, Any]:
+    """Return what `fully_shard` needs to know about the type in which a group is gathered."""
+    if not config.fsdp_mixed_precision:
+        return {}
+    return {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
 
 
 def put_shards_back(model: nn.Module) -> None:

@@ -16,9 +16,10 @@ from upcycle.checkpoints.checkpoint import CONFIG, Checkpoint, read_json
 from upcycle.errors import UpcycleError, listed, shown
 from upcycle.families._checked import MOST_BLOCKS
 from upcycle.hf.parts import ALL_EXPERTS_FUNCTIONS
-from upcycle.nn import expert_by_expert, kernels
+from upcycle.nn import expert_by_expert, grouped, kernels
 
 ALL_EXPERTS_FUNCTIONS.register(kernels.EXPERT_BY_EXPERT, expert_by_expert.run)
+ALL_EXPERTS_FUNCTIONS.register(kernels.FOLLOWING, grouped.run)
 _MATRICES = ("gate_up_proj", "up_proj", "down_proj")  # stacked over all experts of a layer
 _EXPERT = re.compile(r"(.*\.experts\.)(\d{1,6})(\..*)")
 
@@ -99,7 +100,9 @@ def choose_experts(model: PreTrainedModel, wanted: str | None) -> None:
 
     Raises `UpcycleError` if grouped products were asked for.
     """
-    if wanted not in (None, kernels.GROUPED) or model.config._experts_implementation != kernels.GROUPED:
+    if wanted not in (None, *kernels.IN_GROUPS):
+        return
+    if model.config._experts_implementation not in kernels.IN_GROUPS:
         return
     odd = [t for t in expert_matrices(model) if not kernels.take_groups(t.shape[-1:], t.element_size())]
     if not odd:

@@ -1,12 +1,13 @@
-"""Finds the routers of a transformers model, and what corrects their choice of experts.
+"""Finds the routers of a model, and what corrects their choice of experts.
 
-The routers are the modules whose `router_logits` transformers records.
+The routers are our own (`nn.moe.RouterLayer`), or the modules whose `router_logits` transformers records.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
+from upcycle.nn.moe import RouterLayer
 from upcycle.nn.routers.sigmoid import BIAS
 
 _BIASES = (BIAS, "expert_bias")  # names of a correction bias; the second is that of LFM2
@@ -14,6 +15,9 @@ _BIASES = (BIAS, "expert_bias")  # names of a correction bias; the second is tha
 
 def routers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the routers of `model` with their names, in module order; empty for a dense model."""
+    own: list[tuple[str, nn.Module]] = [p for p in model.named_modules() if isinstance(p[1], RouterLayer)]
+    if own:
+        return own
     for module in model.modules():
         recorders = getattr(module, "_can_record_outputs", None) or {}
         if "router_logits" in recorders:

@@ -17,8 +17,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from upcycle.hf.parts import ACT2CLS, ALL_EXPERTS_FUNCTIONS, default_gate
-from upcycle.nn import autocast, kernels
+from upcycle.hf.parts import ACT2CLS, default_gate
+from upcycle.nn import autocast, grouped
 from upcycle.nn.experts import Experts
 
 
@@ -29,8 +29,7 @@ def run(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     is whole, in float32 on a CPU, gated with SiLU and without biases.
     """
     if not _fits(experts, hidden, weights):
-        grouped: Tensor = ALL_EXPERTS_FUNCTIONS[kernels.GROUPED](experts, hidden, index, weights)
-        return grouped
+        return grouped.run(experts, hidden, index, weights)
     keeps = torch.is_grad_enabled()
     out: Tensor = _ExpertByExpert.apply(
         hidden, index, weights, experts.gate_up_proj, experts.down_proj, keeps

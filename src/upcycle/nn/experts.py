@@ -6,8 +6,6 @@ through the implementations of transformers (grouped matrix products by default)
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -15,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from upcycle.hf.parts import ACT2CLS, ACT2FN, ALL_EXPERTS_FUNCTIONS
 from upcycle.nn import autocast, kernels
+from upcycle.nn.grouped import View
 from upcycle.nn.response_norm import normalise
 
 
@@ -142,7 +141,7 @@ class Experts(nn.Module):
             return self.output_dropout(self.loop(hidden, index, weights))
         run = ALL_EXPERTS_FUNCTIONS.get_interface(chosen, Experts.loop)
         dtype = autocast.dtype(hidden.device.type)
-        seen = self if dtype is None and not some_left else _View(self, dtype, some_left)
+        seen = self if dtype is None and not some_left else View(self, dtype, some_left)
         out: Tensor = self.output_dropout(run(seen, hidden, index, weights))
         return out
 
@@ -152,7 +151,7 @@ class Experts(nn.Module):
         chosen = getattr(self.config, "_experts_implementation", None) or kernels.ONE_BY_ONE
         matrices = (getattr(self, self.up_name), self.down_proj)
         fits = all(kernels.take_groups(m.shape[-1:], m.element_size()) for m in matrices)
-        return chosen if fits or chosen != kernels.GROUPED else kernels.ONE_BY_ONE
+        return chosen if fits or chosen not in kernels.IN_GROUPS else kernels.ONE_BY_ONE
 
     def loop(self, hidden: Tensor, index: Tensor, weights: Tensor, groups: Tensor | None = None) -> Tensor:
         """Run one expert after another (the reference) on rows [M, H] with indices and weights [M, K].
@@ -183,20 +182,3 @@ class Experts(nn.Module):
     def extra_repr(self) -> str:
         kind = "gated" if self.has_gate else "plain"
         return f"{self.num_experts} experts, {kind}, {tuple(self.down_proj.shape[1:])}"
-
-
-class _View:
-    """The experts as an implementation should see them in one forward pass.
-
-    Their parameters are in autocast's `dtype`, which grouped products do not follow by themselves. With
-    `some_left`, implementations leave out rows with an index of E, as they do for experts of other ranks.
-    """
-
-    def __init__(self, experts: Experts, dtype: torch.dtype | None, some_left: bool) -> None:
-        self._experts = experts
-        self._is_expert_parallel = some_left or experts._is_expert_parallel
-        for name, parameter in experts._parameters.items():
-            setattr(self, name, parameter if parameter is None or dtype is None else parameter.to(dtype))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._experts, name)

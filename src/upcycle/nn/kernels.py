@@ -10,6 +10,8 @@ from collections.abc import Iterable
 
 ROW = 16  # bytes
 GROUPED, ONE_BY_ONE = "grouped_mm", "eager"  # their names in transformers
+FOLLOWING = "grouped_mm_autocast"  # grouped products that follow autocast (`grouped.py`)
+IN_GROUPS = (GROUPED, FOLLOWING)
 EXPERT_BY_EXPERT = "expert_by_expert"  # our own, for a CPU (`expert_by_expert.py`)
 KEY = "experts_implementation"  # the key in config.json
 

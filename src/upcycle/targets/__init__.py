@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from upcycle import registry
@@ -72,6 +73,8 @@ class Target(abc.ABC):
     gathers_head: ClassVar[bool] = True
     # whether its routers are those of `nn/routers`; else those of a class of transformers
     has_own_routers: ClassVar[bool] = False
+    # by `train.precision`: parts of the names of a router's tensors, if it is in float32 and its block is not
+    wide_router: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     is_around: ClassVar[bool] = False  # whether it is a multimodal model around another target
     parts: tuple[str, ...] = (TEXT,)  # of a multimodal model, those with experts
     root = "model."  # what the names of the base model's tensors begin with, in a model with a head

@@ -49,6 +49,10 @@ class Grown(WithExperts):
     model_type: str
     architecture: str
 
+    @property
+    def wide_router(self) -> Mapping[str, tuple[str, ...]]:  # type: ignore[override]
+        return self.native.wide_router
+
     def admit(self, dense: Dense, recipe: Recipe) -> None:
         """Accept it: `_growing.resolved` has refused what does not fit."""
 

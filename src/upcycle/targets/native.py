@@ -75,6 +75,7 @@ class Native(WithExperts):
     dense_layers: Callable[[Config, frozenset[int]], Config | str] | None = None
     constants: Mapping[str, Any] = field(default_factory=dict)
     extra: Callable[[int, str], dict[str, Lazy]] | None = None  # (E, dtype) -> more tensors of an MoE layer
+    wide_router: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     growing: Growing | None = None  # how a checkpoint of it is read; None: it cannot be a source
     reader: str = ""  # how transformers opens its tokenizer; see `Family.tokenizer`
     # rewrites what the hub's configs spell differently

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from upcycle import families
@@ -41,6 +42,7 @@ class Upcycled(WithExperts):
     needs: ClassVar[str] = "import upcycle, to open it"
     gathers_ends: ClassVar[bool] = False
     has_own_routers: ClassVar[bool] = True
+    wide_router = MappingProxyType({"mixed": (".router.",)})
     layout: ClassVar[Stacked] = Stacked()
     router: ClassVar[str] = "router.weight"
     shared: ClassVar[Shared] = SharedExpert(path="shared", combine="sum", config=lambda width, count: {})

@@ -61,6 +61,10 @@ class Renamed(Target):
         return self.inner.gathers_ends
 
     @property
+    def wide_router(self) -> Mapping[str, tuple[str, ...]]:  # type: ignore[override]
+        return self.inner.wide_router
+
+    @property
     def has_own_routers(self) -> bool:  # type: ignore[override]
         return self.inner.has_own_routers
 

@@ -8,9 +8,10 @@ from typing import Literal
 from torch import nn
 from transformers import PreTrainedModel
 
+from upcycle.hf import recorded
 from upcycle.hf.body import Body
 from upcycle.hf.parts import Conv1D
-from upcycle.training import moe_layers, routing
+from upcycle.training import moe_layers
 
 Kind = Literal["router", "experts", "rest"]
 
@@ -33,7 +34,7 @@ class Role:
 
 def roles(model: PreTrainedModel) -> dict[str, Role]:
     """Return the role of every parameter, by name. Shared experts, which all tokens see, are of the rest."""
-    names = [name for name, _ in routing.routers_of(model)]
+    names = [name for name, _ in recorded.routers(model)]
     routers = tuple(f"{name}." for name in names)
     experts = tuple(stack.prefix for stack in moe_layers.stacks(model, names))
     body = Body.of(model)

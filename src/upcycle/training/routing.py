@@ -109,12 +109,6 @@ def split(sums: Tensor, kinds: Sequence[RouterKind]) -> list[Tally]:
     ]
 
 
-def routers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the routers of `model` with their names, in module order; empty for a dense model."""
-    own = [(name, m) for name, m in model.named_modules() if isinstance(m, RouterLayer)]
-    return [*own] or recorded.routers(model)
-
-
 @dataclass(kw_only=True)
 class Routers:
     """The routers of a model and their outputs in the recorded forward passes.
@@ -139,7 +133,7 @@ class Routers:
     @classmethod
     def of(cls, model: nn.Module) -> Routers | None:
         """Return the routers of `model` with hooks installed; None if it is dense."""
-        there = routers_of(model)
+        there = recorded.routers(model)
         if not there:
             return None
         routers = cls(

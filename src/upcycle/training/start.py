@@ -305,11 +305,15 @@ def build(
 
 
 def _experts_on(device: torch.device, start: Start, run: Run, dtype: torch.dtype) -> str:
-    """Return how experts run on a device: as `experts_implementation` says, and one by one on a CPU."""
+    """Return how experts run on a device: as `experts_implementation` says, and one by one on a CPU.
+
+    Grouped products follow autocast, which is what mixed precision is on one process.
+    """
     chosen = experts_implementation(start, run, dtype)
-    if run.train.experts_implementation is None and chosen == kernels.GROUPED and device.type == "cpu":
-        return kernels.EXPERT_BY_EXPERT
-    return chosen
+    if chosen != kernels.GROUPED:
+        return chosen
+    asked = run.train.experts_implementation is not None
+    return kernels.EXPERT_BY_EXPERT if device.type == "cpu" and not asked else kernels.FOLLOWING
 
 
 def experts_implementation(start: Start, run: Run, dtype: torch.dtype) -> str:

@@ -26,6 +26,7 @@ def _bias(num_experts: int, dtype: str) -> dict[str, Lazy]:
     return {"mlp.moe_statics.e_score_correction_bias": Fill((1, num_experts), "F32", 0.0)}
 
 
+_ROUTER = (".mlp.gate.", ".mlp.moe_statics.")  # in float32 in a model of any type
 _SHARED_WIDTH = Gap(
     "shared experts",
     "guesses the width of the shared expert of {name} and refuses this one",
@@ -59,4 +60,5 @@ native = Native(
         "SGLang": (ACTIVATION,),
     },
     extra=_bias,
+    wide_router={"mixed": _ROUTER, "bfloat16": _ROUTER},
 )

@@ -41,6 +41,7 @@ native = Native(
     ),
     constants={"use_qk_norm": True, "use_mixed_mlp_moe": True},
     finish=_per_layer,
+    wide_router={"bfloat16": (".mlp.gate.",)},  # with autocast, its product is one of bfloat16
     clients={
         "llama.cpp": (BIASES, ACTIVATION),
         "mlx-lm": (_TYPE,),
