@@ -829,13 +829,13 @@ def test_the_parts_are_equal(
     [
         (8, 8, 8, None),
         (8, 16, 8, None),
-        (8, 1, 100, 8),  # as many as before, though more would fit today
-        (8, 1, 3, 2),  # of sharded weights a rank has more than before
+        (8, 1, 100, None),  # they fit today, so that nothing changes
+        (8, 1, 3, 2),
         (8, 1, None, 8),
         (2, 4, 1, None),
     ],
 )
-def test_fewer_ranks_take_no_more_rows_at_once(
+def test_fewer_ranks_take_no_more_rows_at_once_than_fit(
     then: int,
     now: int,
     most: int | None,

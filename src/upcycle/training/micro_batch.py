@@ -3,7 +3,7 @@
 A batch that fits is one part. Otherwise it is cut into equal parts, whose gradients add up to the same, apart
 from the routers' losses if the shares of experts are buffered: the balance loss, and the others if rows have
 padding. The number is stored in checkpoints, so that a resumed run uses the same one. A run that had whole
-batches and goes on with fewer ranks is cut as well: a rank had as many rows in one pass and no more.
+batches and goes on with fewer ranks is cut as well if its rows do not fit today.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def chosen(
 ) -> Run:
     """Return `run` with the number of rows of a forward pass; unchanged if all rows fit.
 
-    This is the number that the run asks for, the one it had when it stopped, or as many as fit. With fewer
-    ranks than before, it is not more than a rank had then.
+    This is the number that the run asks for, the one it had when it stopped, or as many as fit. If nobody
+    knows how many fit, a run that goes on with fewer ranks has as many as a rank had before.
     """
     if run.train.micro_batch is not None:
         return run
@@ -55,7 +55,7 @@ def chosen(
     if state is not None and (before is None or share <= before):
         return run
     most = here.share(_rows_that_fit(run, begun, lengths, here, precision))
-    most = min((rows for rows in (most, before) if rows is not None), default=None)
+    most = before if most is None else most
     if most is None or share <= most:
         return run
     if not _may_be_cut(run, begun):
