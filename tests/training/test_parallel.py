@@ -274,9 +274,6 @@ def test_a_run_goes_on_at_another_layout(trainable, tmp_path):
         theirs = losses(tmp_path / str(number))
         assert theirs == pytest.approx(wanted, abs=1e-5)
         assert theirs != wanted or number == 0
-        # Where all ranks see the same rows, each has 8 of a step, and no more than 4 in one pass, as before.
-        state = saving.read_state(tmp_path / str(number) / "checkpoints" / "step-4")
-        assert state.micro_batch == (4 if number > 1 else None)
     # Every parameter and moment, by name, is what one process reads of that checkpoint.
     reference = ranks.restored(jobs[-1][0], checkpoint)
     assert any("experts" in name for name in reference["parameters"])
