@@ -128,15 +128,19 @@ class Outcome:
     def draw_gaps(self, path: Path, title: str, x: str, y: str) -> None:
         """Draw the final gap to dense continuation against the length of the start's training.
 
-        A variant is there with the starts it has run from, if they are several.
+        A variant is there with the starts it has run from, if they are several. Seeds that a start lacks are
+        drawn at the mean of those it has.
         """
         curves = {}
         for name in (each for each in self.experiment.core if each != "dense"):
             ends = {start: self.gaps(start, name) for start in self.starts if (start, name) in self}
             if len(ends) > 1:
-                seeds = min(map(len, ends.values()))
+                most = max(map(len, ends.values()))
+                whole = {
+                    start: [*gaps, *[np.mean(gaps)] * (most - len(gaps))] for start, gaps in ends.items()
+                }
                 curves[name] = [
-                    [(start, gaps[seed]) for start, gaps in ends.items()] for seed in range(seeds)
+                    [(start, gaps[seed]) for start, gaps in whole.items()] for seed in range(most)
                 ]
         if not curves:
             return
