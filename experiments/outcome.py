@@ -136,11 +136,12 @@ class Outcome:
             ends = {start: self.gaps(start, name) for start in self.starts if (start, name) in self}
             if len(ends) > 1:
                 most = max(map(len, ends.values()))
-                whole = {
-                    start: [*gaps, *[np.mean(gaps)] * (most - len(gaps))] for start, gaps in ends.items()
-                }
                 curves[name] = [
-                    [(start, gaps[seed]) for start, gaps in whole.items()] for seed in range(most)
+                    [
+                        (start, gaps[seed] if seed < len(gaps) else float(np.mean(gaps)))
+                        for start, gaps in ends.items()
+                    ]
+                    for seed in range(most)
                 ]
         if not curves:
             return
