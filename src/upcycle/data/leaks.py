@@ -6,7 +6,8 @@ draws. If two sources have the same files in the same order, they hold out the s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 
@@ -46,16 +47,17 @@ def later(tables: Sequence[Data]) -> str | None:
 
     `tables` are those of the stages of a run, in order.
     """
-    return next(filter(None, (_between(*pair) for pair in combinations(tables, 2))), None)
+    read = cache(_files)  # a folder is walked once, however many stages and sources there are
+    return next(filter(None, (_between(*pair, read) for pair in combinations(tables, 2))), None)
 
 
-def _between(before: Data, after: Data) -> str | None:
+def _between(before: Data, after: Data, read: Callable[[Source], tuple[Path, ...]]) -> str | None:
     if not after.held_out or (before.sources == after.sources and _holds_out_as_much(before, after)):
         return None
     for one in before.sources:
-        here = _files(one)
+        here = read(one)
         for other in after.sources:
-            there = _files(other)
+            there = read(other)
             file = _shared(here, there)
             if file is None or _other_texts(one, other, file):
                 continue
