@@ -12,7 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import upcycle
 from chats import ALPHABET, CHATML, FORGETFUL, MARKED, byte_tokenizer, turns, write
@@ -25,6 +33,7 @@ from upcycle.evaluation.scores import ToScore, evaluate
 from upcycle.tasks._chat_tokens import tokens_of
 from upcycle.training import saving
 from upcycle.training.export import export
+from upcycle.training.exports import _endings
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
 from upcycle.training.run import Run
@@ -439,6 +448,17 @@ def test_the_model_stops_where_its_answers_end(dense, tmp_path):
     texts = {"sources": [{"path": str(source / "text.txt")}]}
     train(table(source, tmp_path / "texts", data=texts, train={"steps": 1}) | {"task": {"name": "causal_lm"}})
     assert held(export(tmp_path / "texts", tmp_path / "plain").out) == own
+
+
+def test_what_config_json_says_of_generation_stays(tmp_path):
+    """A first generation_config.json takes the place of what transformers reads in config.json."""
+    config = T5Config(
+        vocab_size=9, d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    found = _endings._held(tmp_path / "generation_config.json", T5ForConditionalGeneration(config))
+    names = ("decoder_start_token_id", "pad_token_id", "eos_token_id")
+    assert [found[name] for name in names] == [0, 0, 1]
 
 
 @pytest.mark.parametrize(

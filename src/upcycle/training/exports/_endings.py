@@ -11,8 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer, PreTrainedModel
+
 from upcycle.conversion.generation_settings import FILE
 from upcycle.conversion.tokenizer import opened
+from upcycle.hf import generation
 from upcycle.system import whole_file
 from upcycle.training.exports import Trained
 
@@ -28,9 +31,7 @@ def write(trained: Trained, folder: Path) -> dict[str, str]:
     task, another = trained.run.task, trained.beside.named is not None
     if not trained.model.can_generate() or not (another or (task is not None and task.reads == "chats")):
         return {}
-    from transformers import AutoTokenizer
-
-    tokenizer, held = opened(AutoTokenizer, folder), _held(folder / FILE, trained.model.generation_config)
+    tokenizer, held = opened(AutoTokenizer, folder), _held(folder / FILE, trained.model)
     if tokenizer is None or held is None:
         return {}
     theirs = {kind: getattr(tokenizer, kind) for kind in _KINDS} if another else {}
@@ -45,13 +46,13 @@ def write(trained: Trained, folder: Path) -> dict[str, str]:
     return {FILE: "the model stops where the texts end that it was trained on"}
 
 
-def _held(file: Path, of_config: Any) -> dict[str, Any] | None:
-    """Return the settings of a file; if it is not there, the tokens that transformers takes from config.json.
+def _held(file: Path, model: PreTrainedModel) -> dict[str, Any] | None:
+    """Return the settings of a file; if it is not there, those that transformers takes from config.json.
 
     None: the file is damaged, and is left as it is.
     """
     if not file.is_file():
-        return {kind: id for kind in _KINDS if (id := getattr(of_config, kind, None)) is not None}
+        return generation.settings(model)
     with suppress(ValueError):
         return dict(json.loads(file.read_text()))
     return None
