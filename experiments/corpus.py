@@ -4,6 +4,9 @@ Each file is taken once (by the SHA-256 of its bytes). Whole packages are held o
 seen a line of them. `write` puts three things into a folder, which is never committed: `code.jsonl` (one
 document per line, held-out packages last), `tokenizer/` (byte-level BPE of the training part), and
 `about.json` (the packages with versions, counts and hashes, and the share for `data.held_out`).
+
+`code/corpus.json` is the `about.json` of the recorded runs. Packages that it does not name are left out: our
+requirements have grown since, and the corpus has not.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ import hashlib
 import importlib.metadata
 import json
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 HELD_OUT = ("anyio", "attrs", "click", "hypothesis", "networkx", "pydantic", "requests", "rich", "tqdm")
+RECORDED = Path(__file__).parent / "code" / "corpus.json"
 LEFT_OUT = ("chardet", "upcycle")  # chardet is tables of numbers; upcycle is this package
 SEQUENCE_LENGTH = 256
 VOCABULARY = 1024
@@ -43,14 +48,36 @@ class Package:
 
 
 def packages() -> Iterator[tuple[str, str, list[str]]]:
-    """Yield name, version and texts of each installed package once: training packages first, by name."""
+    """Yield name, version and texts of each installed package once: training packages first, by name.
+
+    These are the packages of `RECORDED`, or all but `LEFT_OUT` if there is no such file.
+    """
     seen: set[bytes] = set()
     found = {normalised(d.metadata["Name"]): d for d in importlib.metadata.distributions()}
+    taken = recorded() or found.keys() - LEFT_OUT
     for name in sorted(found, key=lambda name: (name in HELD_OUT, name)):
-        if name not in LEFT_OUT:
+        if name in taken:
             texts = list(_texts(found[name], seen))
             if texts:
                 yield name, found[name].version, texts
+
+
+def recorded() -> dict[str, Package]:
+    """Return the packages of `RECORDED` by name; none if there is no such file."""
+    if not RECORDED.exists():
+        return {}
+    return {each["name"]: Package(**each) for each in json.loads(RECORDED.read_text())["packages"]}
+
+
+def others(taken: Sequence[Package]) -> list[str]:
+    """Return the names of packages that are missing, or not those of `RECORDED`."""
+    known = {package.name: package.sha256 for package in taken}
+    return [name for name, package in recorded().items() if known.get(name) != package.sha256]
+
+
+def hash_of(texts: Sequence[str]) -> str:
+    """Return the hash of the hashes of texts, in order."""
+    return hashlib.sha256(b"".join(hashlib.sha256(text.encode()).digest() for text in texts)).hexdigest()
 
 
 def normalised(name: str) -> str:
@@ -86,19 +113,19 @@ def write(folder: Path) -> dict[str, Any]:
     taken, sample = [], []
     with (folder / "code.jsonl").open("w") as file:
         for name, version, texts in packages():
-            hashes = hashlib.sha256()
             for number, text in enumerate(texts):
                 file.write(json.dumps({"text": text}) + "\n")
-                hashes.update(hashlib.sha256(text.encode()).digest())
                 if number % FOR_TOKENIZER == 0 and name not in HELD_OUT:
                     sample.append(text)
             size = sum(len(text.encode()) for text in texts)
             taken.append(
                 Package(
                     name=name, version=version, files=len(texts), bytes=size,
-                    sha256=hashes.hexdigest(), held_out=name in HELD_OUT,
+                    sha256=hash_of(texts), held_out=name in HELD_OUT,
                 )
             )  # fmt: skip
+    if changed := others(taken):
+        print(f"this is another corpus than that of {RECORDED.name}: {', '.join(changed)}", file=sys.stderr)
     tokenizer_of("".join(sample)).save_pretrained(folder / "tokenizer")
     out = {
         "packages": [asdict(p) for p in taken],
