@@ -29,7 +29,7 @@ USUAL: Mapping[str, Any] = {
     "num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0.4,
     "assistant_lookbehind": 10, "target_lookbehind": 10, "num_beam_groups": 1, "diversity_penalty": 0.0,
 }  # fmt: skip
-TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
 def write(built: Blueprint, folder: Path) -> dict[str, str]:
@@ -45,6 +45,6 @@ def write(built: Blueprint, folder: Path) -> dict[str, str]:
     }
     if not lost or (built.source.folder / FILE).exists():
         return {}
-    ids = {key: raw[key] for key in TOKENS if raw.get(key) is not None}
+    ids = {key: raw[key] for key in _TOKENS if raw.get(key) is not None}
     whole_file.write_json(folder / FILE, ids | lost)
     return {FILE: "the source has these settings in its config.json"}

@@ -16,5 +16,7 @@ def settings(model: PreTrainedModel) -> dict[str, Any]:
     return {
         key: value
         for key, value in ({} if found is None else found.to_diff_dict()).items()
-        if key not in _UNHEEDED and value is not None and value != usual.get(key, False)
+        if key not in _UNHEEDED and value is not None
+        # A token may have the number 0, which Python takes for False.
+        if (value != usual[key] if key in usual else value is not False)
     }

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel
 
-from upcycle.conversion.generation_settings import FILE, TOKENS
+from upcycle.conversion.generation_settings import FILE
 from upcycle.conversion.tokenizer import opened
 from upcycle.hf import generation
 from upcycle.system import whole_file
@@ -52,9 +52,7 @@ def _held(file: Path, model: PreTrainedModel) -> dict[str, Any] | None:
     None: the file is damaged, and is left as it is.
     """
     if not file.is_file():
-        given = model.generation_config
-        ids = {kind: id for kind in TOKENS if (id := getattr(given, kind, None)) is not None}
-        return generation.settings(model) | ids  # which leaves out tokens of the number 0
+        return generation.settings(model)
     with suppress(ValueError):
         return dict(json.loads(file.read_text()))
     return None
