@@ -281,6 +281,24 @@ def test_an_export_joins_its_run_after_that_was_lengthened(tmp_path, monkeypatch
     assert column.label == "dense, continued, step 20"
 
 
+def test_an_export_joins_the_run_that_it_names_whatever_other_length_is_there(tmp_path, monkeypatch):
+    """Both runs wrote the same `out`. A run joins no checkpoint of more steps than it took, except by name."""
+    monkeypatch.setattr("upcycle.reporting.checkpoints._anatomy", lambda folder: None)
+    out = {"out": "runs/x"}
+    short, long = (write_run(tmp_path / f"of{n}", lambda t: 2.0, steps=n, **out) for n in (20, 40))
+    early, late = (
+        write_checkpoint(tmp_path / f"at{run.name}", run, step=n) for run, n in ((short, 20), (long, 40))
+    )
+
+    def owners(*folders: Path) -> list[str | None]:
+        found = study([*folders, early, late], DenseCost())
+        return [o and o[1].name for o in map(found.comparison.owner, found.checkpoints)]
+
+    assert owners(short, long) == owners(long, short) == ["of20", "of40"]
+    assert owners(short) == ["of20", None]
+    assert owners(long) == ["of40", "of40"]
+
+
 def test_a_mean_of_checkpoints_is_called_one(tmp_path, monkeypatch):
     """It shares a column with means of the same steps alone, and so does one expert of a model."""
     monkeypatch.setattr("upcycle.reporting.checkpoints._anatomy", lambda folder: None)
