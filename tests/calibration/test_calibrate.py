@@ -571,8 +571,8 @@ def _last(found: Statistics) -> tuple[str, str, int, str]:
         ("vit", {"images": None, "text": Path("text.txt")}, "reads images and no text"),
         ("llama", {"images": Path("images"), "text": None, "length": None}, "reads text and no images"),
         ("headless", {"collect": ("gradient",)}, "BertModel has no head for one"),
-        ("llama", {"length": 10_000}, "^length = 10000 and the model has 64 positions"),
-        ("bert", {"length": 10_000}, "^length = 10000 and the model has 40 positions"),
+        ("llama", {"length": 10_000}, "^length = 10000 and the model takes 64 tokens"),
+        ("bert", {"length": 10_000}, "^length = 10000 and the model takes 40 tokens"),
         ("vit", {"field": "body"}, "--field body is that of a text, and none is given"),
         ("llama", {"field": "body"}, r"--field = body is for JSON lines.*text\.txt is text alone"),
         ("llama", {"text": Path("empty.jsonl")}, r"empty\.jsonl holds no text; give one that does, or leave"),
@@ -586,6 +586,16 @@ def test_mistakes_are_named(kind, options, said, collect, tmp_path, monkeypatch)
     with pytest.raises(UpcycleError, match=said):
         collect(kind, **options)
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("architecture", ["RobertaForMaskedLM", "MPNetForMaskedLM"])
+def test_positions_behind_the_padding_token_are_fewer(architecture, collect, data, tmp_path):
+    """A row may have all tokens that the model takes, and not one more."""
+    folder = make(data / f"few-{architecture}", architecture, max_position_embeddings=20, pad_token_id=1)
+    make_tokenizer(folder)
+    assert collect(folder.name, length=18, limit=2).provenance["examples"] == 2
+    with pytest.raises(UpcycleError, match=r"^length = 19 and the model takes 18 tokens"):
+        collect(folder.name, "more", length=19, limit=2)
 
 
 def test_a_text_that_fills_no_row_is_refused(collect, tmp_path):

@@ -302,7 +302,7 @@ def test_a_convnext_is_watched(pictures, tmp_path):
 
 def test_rows_beyond_the_positions_are_refused(mixtral, texts):
     most = Subject.of(mixtral).length
-    with pytest.raises(UpcycleError, match=f"^length = {most + 1} and the model has {most} positions"):
+    with pytest.raises(UpcycleError, match=f"^length = {most + 1} and the model takes {most} tokens"):
         specialisation(mixtral, ToWatch(text=texts, limit=4, length=most + 1))
 
 

@@ -79,7 +79,7 @@ def of_rows(length: int, source: Path) -> Run:
 def test_rows_beyond_the_positions_of_an_encoder_are_refused(tmp_path):
     source = tiny.make(tmp_path / "bert", "BertForMaskedLM")
     for foreseen in (foretell_run, rehearse):
-        with pytest.raises(UpcycleError, match=r"train\.sequence_length = 64 and the model has 40 positions"):
+        with pytest.raises(UpcycleError, match=r"train\.sequence_length = 64 and the model takes 40 tokens"):
             foreseen(of_rows(64, source), world=2)
 
 
@@ -108,7 +108,7 @@ def test_the_forecast_is_shown(run, capsys):
     [
         (
             ["--world", "8", "--set", "train.sequence_length=128"],
-            "train.sequence_length = 128 and the model has 64 positions",
+            "train.sequence_length = 128 and the model takes 64 tokens",
         ),
         (["--world", "12"], "64 rows of a global batch do not divide among 12 groups of ranks"),
         (["--world", "16", "--set", "parallel.ep=16"], "ep must divide the 8 experts"),
@@ -145,7 +145,7 @@ def test_options_of_a_forecast_ask_for_one(option, dense, capsys):
         ({"world": 8, "tp": 8}, "tp must divide the 4 heads"),
         ({"world": 8, "rows": 0}, "rows = 0; it must be"),
         ({"world": 8, "context": -1}, "context = -1; it must be"),
-        ({"world": 8, "context": 65}, "context = 65 and the model has 64 positions"),
+        ({"world": 8, "context": 65}, "context = 65 and the model takes 64 tokens"),
     ],
 )
 def test_what_does_not_fit_is_refused(dense, asked, words):

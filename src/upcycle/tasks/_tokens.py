@@ -36,12 +36,12 @@ def beyond_positions(length: int, subject: Subject, *, setting: str = "train.seq
 
     `setting` is what the caller calls the length.
     """
-    most = subject.settings.get("max_position_embeddings")
+    most = subject.positions
     if most is None or length <= most:
         return None
     return (
-        f"{setting} = {length} and the model has {most} positions "
-        f"(max_position_embeddings in its config.json); shorten the rows"
+        f"{setting} = {length} and the model takes {most} tokens "
+        f"(by max_position_embeddings in its config.json); shorten the rows"
     )
 
 
