@@ -598,6 +598,15 @@ def test_positions_behind_the_padding_token_are_fewer(architecture, collect, dat
         collect(folder.name, "more", length=19, limit=2)
 
 
+@pytest.mark.parametrize("architecture", ["Wav2Vec2Model", "WhisperModel"])
+def test_a_model_of_sound_is_refused(architecture, data, tmp_path):
+    """`eval`, `inspect`, a run and a forecast say the same sentence."""
+    folder = make(tmp_path / "sound", architecture)
+    for asked in ({"text": data / "text.txt"}, {"images": data / "images"}):
+        with pytest.raises(UpcycleError, match=f"^{architecture} reads sound and no text"):
+            calibrate(folder, tmp_path / "out.safetensors", ToCalibrate(**asked))
+
+
 def test_a_text_that_fills_no_row_is_refused(collect, tmp_path):
     (tmp_path / "short.txt").write_text(WORDS[0])
     with pytest.raises(UpcycleError, match=r"fewer than a row of length \+ 1"):

@@ -83,6 +83,12 @@ def test_rows_beyond_the_positions_of_an_encoder_are_refused(tmp_path):
             foreseen(of_rows(64, source), world=2)
 
 
+def test_a_model_of_sound_has_no_forecast_as_it_has_no_run(tmp_path):
+    source = tiny.make(tmp_path / "whisper", "WhisperForConditionalGeneration")
+    with pytest.raises(UpcycleError, match="reads sound and no text"):
+        foretell_run(of_rows(64, source), world=2)
+
+
 def test_rows_of_two_stacks_are_those_of_the_dry_run(tmp_path):
     """The spans that are cut out make a decoder's row much shorter than the encoder's."""
     run = of_rows(64, tiny.make(tmp_path / "t5", "T5ForConditionalGeneration"))

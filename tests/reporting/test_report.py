@@ -282,7 +282,7 @@ def test_an_export_joins_its_run_after_that_was_lengthened(tmp_path, monkeypatch
 
 
 def test_an_export_joins_the_run_that_it_names_whatever_other_length_is_there(tmp_path, monkeypatch):
-    """Both runs wrote the same `out`. A run joins no checkpoint of more steps than it took, except by name."""
+    """Both runs wrote the same `out`. A run that a checkpoint does not name has taken its steps, too."""
     monkeypatch.setattr("upcycle.reporting.checkpoints._anatomy", lambda folder: None)
     out = {"out": "runs/x"}
     short, long = (write_run(tmp_path / f"of{n}", lambda t: 2.0, steps=n, **out) for n in (20, 40))

@@ -37,6 +37,7 @@ from upcycle.records.run import RunRecord
 from upcycle.system import scratch
 from upcycle.system.wording import quoted
 from upcycle.tasks import Task
+from upcycle.tasks._tokens import refuse_sound
 
 __all__ = ["Scored", "ToScore", "evaluate", "refuse", "score"]
 
@@ -143,15 +144,11 @@ def _admit(source: str | Path, asked: ToScore) -> tuple[Path, Subject]:
 def _refuse_unfit(subject: Subject, asked: ToScore) -> None:
     """Raise an error for data that a model class cannot be scored on, before weights are read."""
     architecture = subject.architecture
+    refuse_sound(subject)
     if asked.shots is None:
         _refuse_other_data(tasks.of(architecture), architecture, asked)
     elif "image_size" not in subject.settings:
         raise UpcycleError(f"{architecture} reads no images; --few-shot is for models that do")
-    if not asked.images and not subject.reads_text:
-        raise UpcycleError(
-            f"{architecture} reads sound and no text, and texts and images are what can be scored; take "
-            f"another checkpoint"
-        )
     if asked.chats and not architecture.endswith(CAUSAL_HEADS):
         heads = " or ".join(CAUSAL_HEADS)
         raise UpcycleError(f"{architecture} cannot chat; --chats is for classes that end in {heads}")

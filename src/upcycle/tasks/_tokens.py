@@ -31,6 +31,15 @@ def objection_to_sources(data: Data) -> str | None:
     return next(filter(None, map(unread, data.sources)), None) or leaks.within(data)
 
 
+def refuse_sound(subject: Subject) -> None:
+    """Raise `UpcycleError` for a model that reads sound, because all data are texts or images."""
+    if "image_size" not in subject.settings and not subject.reads_text:
+        raise UpcycleError(
+            f"{subject.architecture} reads sound and no text, and upcycle shows a model texts and images "
+            f"alone; take another checkpoint"
+        )
+
+
 def beyond_positions(length: int, subject: Subject, *, setting: str = "train.sequence_length") -> str | None:
     """Return a sentence about rows longer than the model's positions; None if they are not.
 
