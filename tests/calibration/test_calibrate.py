@@ -29,6 +29,7 @@ from tiny import make
 from upcycle import cli, families
 from upcycle.calibration import calibration, sweep
 from upcycle.calibration.calibration import ToCalibrate, calibrate
+from upcycle.calibration.domains import Domain
 from upcycle.calibration.observer import Observer
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.header import read_header
@@ -619,6 +620,17 @@ def test_a_field_is_named(collect, data, tmp_path):
     found = collect("llama", "lines", text=tmp_path / "lines.jsonl", field="body")
     wanted = collect("llama", "plain")
     assert found.digest == wanted.digest
+
+
+def test_a_field_is_for_the_texts_that_can_have_one(collect, data, tmp_path):
+    """As in `eval` and `inspect`."""
+    (tmp_path / "lines.jsonl").write_text(json.dumps({"body": (data / "text.txt").read_text()}))
+    plain, lines = (Domain(text=str(path)) for path in (data / "text.txt", tmp_path / "lines.jsonl"))
+    asked = {"text": None, "collect": ("mean",), "field": "body"}
+    found = collect("llama", domains=(plain, lines), **asked)
+    assert found.provenance["examples"] == 2 * ROWS
+    with pytest.raises(UpcycleError, match=r"text\.txt is text alone; take field out"):
+        collect("llama", "other", domains=(plain,), **asked)
 
 
 def test_a_file_that_is_there_stays(collect, data, tmp_path):

@@ -306,6 +306,17 @@ def test_rows_beyond_the_positions_are_refused(mixtral, texts):
         specialisation(mixtral, ToWatch(text=texts, limit=4, length=most + 1))
 
 
+def test_a_field_is_for_the_texts_that_can_have_one(mixtral, texts, tmp_path):
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text(json.dumps({"body": texts["stories"].read_text()}))
+    asked = {"limit": 2, "length": 32, "field": "body"}
+    seen = specialisation(mixtral, ToWatch(text={"plain": texts["stories"], "lines": lines}, **asked))
+    for layer in seen.layers:
+        assert np.array_equal(*(domain.counts for domain in layer.domains.values()))
+    with pytest.raises(UpcycleError, match=r"stories\.txt is text alone; take field out"):
+        specialisation(mixtral, ToWatch(text=texts, **asked))
+
+
 def test_words_in_brackets_are_words(capsys):
     """Tokens and paths are shown as they are: `[/` is a token of many vocabularies."""
     from upcycle.cli.screen import show_warnings

@@ -30,6 +30,7 @@ from upcycle.system import claim, scratch, whole_file
 from upcycle.system.paths import as_paths
 from upcycle.system.progress import work
 from upcycle.tasks._rows import Rows, of_images, of_text
+from upcycle.tasks._tokens import refuse_idle
 from upcycle.tensors import rng
 from upcycle.training.routing import RouterOutput, Routers
 
@@ -174,6 +175,7 @@ def specialisation(
             f"{folder} has experts in its vision tower, and what is watched are the routers of a model that "
             f"reads texts or images alone; leave the sets out"
         )
+    refuse_idle((asked.text or {}).values(), field=asked.field)
     with scratch.folder() as made_here:
         cache = asked.cache or made_here
         sets = {

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from upcycle import tasks
-from upcycle.data import corpus, splits
+from upcycle.data import corpus
 from upcycle.data.documents import Source
 from upcycle.data.feeding import Feeding
 from upcycle.dense.subject import Subject
@@ -88,8 +88,6 @@ def of_text(
     length = length or min(LENGTH, subject.length)
     feeding = Feeding.of_file(path, length=length, cache=cache, seed=seed, field=field)
     refuse_beyond_positions(length, subject, setting=feeding.setting)
-    if field != Source.field and (why := splits.unread(feeding.data.sources[0], "--{}")) is not None:
-        raise UpcycleError(why)
     return _rows(feeding, "text", path, subject, gradient=gradient)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from upcycle.data import corpus, leaks
 from upcycle.data.batches import Batches, Places
 from upcycle.data.corpus import Data
+from upcycle.data.documents import Source
 from upcycle.data.feeding import Feeding
 from upcycle.data.splits import unread
 from upcycle.errors import UpcycleError
@@ -29,6 +31,14 @@ def tokenizer_of(feeding: Feeding, subject: Subject) -> Any:
 def objection_to_sources(data: Data) -> str | None:
     """Return a sentence about sources of text that would not be read, or held out, as they say; or None."""
     return next(filter(None, map(unread, data.sources)), None) or leaks.within(data)
+
+
+def refuse_idle(texts: Iterable[str | Path], **given: str | None) -> None:
+    """Raise `UpcycleError` for a key of a source, such as `field`, that none of the texts could have."""
+    sources = [Source(path=str(path), **given) for path in texts]  # type: ignore[arg-type]
+    idle = [unread(source, "--{}") for source in sources]
+    if idle and None not in idle and any(getattr(Source, key) != value for key, value in given.items()):
+        raise UpcycleError(str(idle[0]))
 
 
 def refuse_sound(subject: Subject) -> None:
