@@ -491,8 +491,12 @@ def test_seeds_are_those_of_one_checkpoint_however_its_path_is_written(tmp_path)
         folder, made = tmp_path / role, []
         for seed, (path, sha256) in enumerate(given):
             where = folder / f"{len(list(folder.glob('*')))}"
-            named = {"source": path} if role == "source" else {"teacher": {"source": path}}
-            run = write_run(where, lambda t: 2.0, seed=seed, data={"tokenizer": "one"}, **named)
+            named = {
+                "source": {"source": path},
+                "teacher": {"teacher": {"source": path}},
+                "tokenizer": {"data": {"tokenizer": path}, "stage": [{"data": {"tokenizer": path}}]},
+            }[role]
+            run = write_run(where, lambda t: 2.0, seed=seed, **{"data": {"tokenizer": "one"}, **named})
             made.append(hashed(run, sha256, role))
         return [(group.label, len(group.runs)) for group in compared(*made).groups]
 
@@ -506,6 +510,11 @@ def test_seeds_are_those_of_one_checkpoint_however_its_path_is_written(tmp_path)
         assert [count for _, count in found] == [2, 1]
         assert len({label for label, _ in found}) == 2
         assert runs(role, ("dense", None), ("dense", "1"), ("/home/dense", "1")) == [("dense, continued", 3)]
+    words = tmp_path / "words"
+    words.mkdir()
+    (words / "tokenizer.json").write_text("{}")
+    written = [(f"{words}{more}", None) for more in ("", "/.", "/../words")]
+    assert runs("tokenizer", *written) == [("dense, continued", 3)]
 
 
 # --- stages of unequal cost ---
