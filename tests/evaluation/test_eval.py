@@ -631,6 +631,8 @@ def test_rows_are_as_long_as_the_model_takes(story, tmp_path):
     """RoBERTa begins its positions behind the padding token, so that it takes fewer than it has."""
     model = make(tmp_path, "RobertaForMaskedLM", vocab_size=300, max_position_embeddings=20, pad_token_id=1)
     make_bytes_tokenizer(model, "<mask>")
+    about = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**about, "mask_token": "<mask>"}))
     (found,) = evaluate(model, ToScore(text=story, limit=2))["results"]
     assert found["data"]["length"] == 18
     with pytest.raises(UpcycleError, match=r"length = 19 and the model takes 18 tokens"):

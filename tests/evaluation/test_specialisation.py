@@ -317,6 +317,20 @@ def test_a_field_is_for_the_texts_that_can_have_one(mixtral, texts, tmp_path):
         specialisation(mixtral, ToWatch(text=texts, **asked))
 
 
+def test_a_model_that_gives_nan_has_no_routing(mixtral, texts, tmp_path, capsys):
+    """Its routers would choose the first experts."""
+    weights = Path(shutil.copytree(mixtral, tmp_path / "moe")) / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.1.input_layernorm.weight"][0] = math.nan
+    save_file(tensors, weights, {"format": "pt"})
+    (tmp_path / "moe" / "routing.json").unlink(missing_ok=True)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["inspect", str(tmp_path / "moe"), "--text", str(texts["loud"]), "--limit", "1"])
+    assert stopped.value.code == 2
+    assert "gives NaN where the load of an expert needs numbers" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "moe" / "routing.json").exists()
+
+
 def test_words_in_brackets_are_words(capsys):
     """Tokens and paths are shown as they are: `[/` is a token of many vocabularies."""
     from upcycle.cli.screen import show_warnings

@@ -22,6 +22,7 @@ from upcycle.data.documents import Source
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.batch_size import BatchSize
+from upcycle.evaluation.no_numbers import refuse_nan
 from upcycle.evaluation.patches import FAVOURITES, Patches
 from upcycle.hf import models
 from upcycle.hf.quiet import quiet
@@ -166,7 +167,8 @@ def specialisation(
     The result holds, for every layer, the load, confidence and favourites of the experts and the divergence
     between domains. This is the Jensen-Shannon divergence in bits: 0 if two domains use the experts alike, 1
     if they share none. It compares the loads or, if a router gives every expert equally many tokens, the mean
-    probabilities. Raises `UpcycleError` for a dense model and for rows it cannot read.
+    probabilities. Raises `UpcycleError` for a dense model and for rows it cannot read, and `NoNumbersError`
+    if a router gives NaN.
     """
     folder = Path(folder)
     subject = Subject.of(folder)
@@ -262,6 +264,7 @@ def _watch(
             for stack, layer, output in zip(routers.stacks, routers.layers, routers.outputs, strict=True)
         ]  # fmt: skip
     for layer, output in zip(layers, routers.outputs, strict=True):
+        refuse_nan(output.of_tokens(output.probabilities), subject, "the load of an expert")
         _add(layer, name, output, _kinds(inputs, layer.stack, output, len(places)))
         if layer.patches is not None:
             given = output.probabilities.cpu().numpy()
