@@ -250,14 +250,14 @@ def test_similarity_when_training_began(trainable, tmp_path, capsys):
         assert "cosine_between_at_start" not in start
     cli.main(["inspect", str(tmp_path / "trained")])
     assert "began at" in capsys.readouterr().out
-    # If the source has other weights now, nothing is said about how the experts began.
+    # If the source has other files now, nothing is said about how the experts began, or what has changed.
     weights = source / "model.safetensors"
-    save_file({n: t + 0.01 for n, t in load_file(weights).items()}, weights, {"format": "pt"})
+    save_file({n: t.clone() for n, t in load_file(weights).items()}, weights, {"saved": "again"})
     found = inspect(tmp_path / "trained")
     assert not any("cosine_between_at_start" in row for row in found["layers"])
     assert found["notes"] == [
-        f"compared with {source}, whose weights have changed since it was made from them",
-        "what the experts began as cannot be made again: it was from other weights",
+        f"compared with {source}, whose files are not those that it was made from",
+        "what the experts began as cannot be made again: it was not from these files",
     ]
 
 
