@@ -76,10 +76,15 @@ def of_rows(length: int, source: Path) -> Run:
     )
 
 
-def test_rows_beyond_the_positions_of_an_encoder_are_refused(tmp_path):
-    source = tiny.make(tmp_path / "bert", "BertForMaskedLM")
+@pytest.mark.parametrize(
+    ("architecture", "most"),
+    [("BertForMaskedLM", 40), ("RobertaForMaskedLM", 38), ("BartForConditionalGeneration", 40)],
+)
+def test_rows_beyond_the_positions_of_an_encoder_are_refused(architecture, most, tmp_path):
+    source = tiny.make(tmp_path / "dense", architecture)
+    said = rf"train\.sequence_length = 64 and the model takes {most} tokens"
     for foreseen in (foretell_run, rehearse):
-        with pytest.raises(UpcycleError, match=r"train\.sequence_length = 64 and the model takes 40 tokens"):
+        with pytest.raises(UpcycleError, match=said):
             foreseen(of_rows(64, source), world=2)
 
 
