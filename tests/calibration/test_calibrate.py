@@ -629,8 +629,10 @@ def test_a_field_is_for_the_texts_that_can_have_one(collect, data, tmp_path):
     asked = {"text": None, "collect": ("mean",), "field": "body"}
     found = collect("llama", domains=(plain, lines), **asked)
     assert found.provenance["examples"] == 2 * ROWS
+    (tmp_path / "other.txt").write_text("the dog")
+    both = (plain, Domain(text=str(tmp_path / "other.txt")))
     with pytest.raises(UpcycleError, match=r"text\.txt is text alone; take field out"):
-        collect("llama", "other", domains=(plain,), **asked)
+        collect("llama", "other", domains=both, **asked)
 
 
 def test_a_file_that_is_there_stays(collect, data, tmp_path):

@@ -35,9 +35,11 @@ def objection_to_sources(data: Data) -> str | None:
 
 def refuse_idle(texts: Iterable[str | Path], **given: str | None) -> None:
     """Raise `UpcycleError` for a key of a source, such as `field`, that none of the texts could have."""
+    if all(value == getattr(Source, key) for key, value in given.items()):
+        return
     sources = [Source(path=str(path), **given) for path in texts]  # type: ignore[arg-type]
     idle = [unread(source, "--{}") for source in sources]
-    if idle and None not in idle and any(getattr(Source, key) != value for key, value in given.items()):
+    if idle and None not in idle:
         raise UpcycleError(str(idle[0]))
 
 
