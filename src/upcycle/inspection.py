@@ -148,7 +148,7 @@ def _add_start(
         or (made.training and made.training[0].from_scratch)
         or any(_differs(each, known.get(each.label, {})) for each in built.checkpoints)
     ):
-        notes.append("what the experts began as cannot be made again: it was from other weights")
+        notes.append("what the experts began as cannot be made again: it was not from these files")
         return
     lazies = {name: entry.lazy for name, entry in built.entries.items()}
     begun = target.layers(opened.config, lazies, opened.folder)
@@ -189,7 +189,7 @@ def _dense_source(
         notes.append(f"its source cannot be compared with: {error}")
         return {}
     if any(_differs(dense.checkpoint, made.source.sha256) for dense in list(found.values())[:1]):
-        notes.append(f"compared with {recorded}, whose weights have changed since it was made from them")
+        notes.append(f"compared with {recorded}, whose files are not those that it was made from")
     return found
 
 

@@ -29,6 +29,7 @@ from tiny import make
 from upcycle import cli, families
 from upcycle.calibration import calibration, sweep
 from upcycle.calibration.calibration import ToCalibrate, calibrate
+from upcycle.calibration.domains import Domain
 from upcycle.calibration.observer import Observer
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.header import read_header
@@ -571,8 +572,8 @@ def _last(found: Statistics) -> tuple[str, str, int, str]:
         ("vit", {"images": None, "text": Path("text.txt")}, "reads images and no text"),
         ("llama", {"images": Path("images"), "text": None, "length": None}, "reads text and no images"),
         ("headless", {"collect": ("gradient",)}, "BertModel has no head for one"),
-        ("llama", {"length": 10_000}, "^length = 10000 and the model has 64 positions"),
-        ("bert", {"length": 10_000}, "^length = 10000 and the model has 40 positions"),
+        ("llama", {"length": 10_000}, "^length = 10000 and the model takes 64 tokens"),
+        ("bert", {"length": 10_000}, "^length = 10000 and the model takes 40 tokens"),
         ("vit", {"field": "body"}, "--field body is that of a text, and none is given"),
         ("llama", {"field": "body"}, r"--field = body is for JSON lines.*text\.txt is text alone"),
         ("llama", {"text": Path("empty.jsonl")}, r"empty\.jsonl holds no text; give one that does, or leave"),
@@ -588,6 +589,25 @@ def test_mistakes_are_named(kind, options, said, collect, tmp_path, monkeypatch)
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize("architecture", ["RobertaForMaskedLM", "MPNetForMaskedLM"])
+def test_positions_behind_the_padding_token_are_fewer(architecture, collect, data, tmp_path):
+    """A row may have all tokens that the model takes, and not one more."""
+    folder = make(data / f"few-{architecture}", architecture, max_position_embeddings=20, pad_token_id=1)
+    make_tokenizer(folder)
+    assert collect(folder.name, length=18, limit=2).provenance["examples"] == 2
+    with pytest.raises(UpcycleError, match=r"^length = 19 and the model takes 18 tokens"):
+        collect(folder.name, "more", length=19, limit=2)
+
+
+@pytest.mark.parametrize("architecture", ["Wav2Vec2Model", "WhisperModel"])
+def test_a_model_of_sound_is_refused(architecture, data, tmp_path):
+    """`eval`, `inspect`, a run and a forecast say the same sentence."""
+    folder = make(tmp_path / "sound", architecture)
+    for asked in ({"text": data / "text.txt"}, {"images": data / "images"}):
+        with pytest.raises(UpcycleError, match=f"^{architecture} reads sound and no text"):
+            calibrate(folder, tmp_path / "out.safetensors", ToCalibrate(**asked))
+
+
 def test_a_text_that_fills_no_row_is_refused(collect, tmp_path):
     (tmp_path / "short.txt").write_text(WORDS[0])
     with pytest.raises(UpcycleError, match=r"fewer than a row of length \+ 1"):
@@ -600,6 +620,19 @@ def test_a_field_is_named(collect, data, tmp_path):
     found = collect("llama", "lines", text=tmp_path / "lines.jsonl", field="body")
     wanted = collect("llama", "plain")
     assert found.digest == wanted.digest
+
+
+def test_a_field_is_for_the_texts_that_can_have_one(collect, data, tmp_path):
+    """As in `eval` and `inspect`."""
+    (tmp_path / "lines.jsonl").write_text(json.dumps({"body": (data / "text.txt").read_text()}))
+    plain, lines = (Domain(text=str(path)) for path in (data / "text.txt", tmp_path / "lines.jsonl"))
+    asked = {"text": None, "collect": ("mean",), "field": "body"}
+    found = collect("llama", domains=(plain, lines), **asked)
+    assert found.provenance["examples"] == 2 * ROWS
+    (tmp_path / "other.txt").write_text("the dog")
+    both = (plain, Domain(text=str(tmp_path / "other.txt")))
+    with pytest.raises(UpcycleError, match=r"text\.txt is text alone; take field out"):
+        collect("llama", "other", domains=both, **asked)
 
 
 def test_a_file_that_is_there_stays(collect, data, tmp_path):

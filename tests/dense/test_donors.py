@@ -46,6 +46,9 @@ def test_an_activation_that_was_learned_is_the_backbones(dense):
         said = "\n".join(plan(source, recipe).warnings)
         assert whose in said
         assert "its own model.layers.0.mlp.act_fn" in said
+    init["expert"] = [{}, {"source": str(source)}]
+    recipe = Recipe.of(moe={"num_experts": 2, "target": "upcycled"}, init=init)
+    assert "act_fn" not in "\n".join(plan(source, recipe).warnings)
 
 
 @pytest.fixture

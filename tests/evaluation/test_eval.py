@@ -603,7 +603,7 @@ def test_a_damaged_record_is_said_and_stays(byte_model, story, tmp_path, capsys,
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"length": 49}, "the model has 48 positions"),
+        ({"length": 49}, "the model takes 48 tokens"),
         ({"length": 8, "stride": 9}, "tokens would be left out"),
         ({"stride": 0}, "--stride 0; it must be 1 or more"),
         ({"batch_size": -1}, "--batch-size -1; it must be 0 or more"),
@@ -625,6 +625,18 @@ def test_mistakes_in_how_a_text_is_scored(byte_model, story, asked, message, tmp
     given = {key: places.get(value, value) for key, value in asked.items()}
     with pytest.raises(UpcycleError, match=message):
         evaluate(byte_model, ToScore(**{"text": story, **given}))
+
+
+def test_rows_are_as_long_as_the_model_takes(story, tmp_path):
+    """RoBERTa begins its positions behind the padding token, so that it takes fewer than it has."""
+    model = make(tmp_path, "RobertaForMaskedLM", vocab_size=300, max_position_embeddings=20, pad_token_id=1)
+    make_bytes_tokenizer(model, "<mask>")
+    about = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**about, "mask_token": "<mask>"}))
+    (found,) = evaluate(model, ToScore(text=story, limit=2))["results"]
+    assert found["data"]["length"] == 18
+    with pytest.raises(UpcycleError, match=r"length = 19 and the model takes 18 tokens"):
+        evaluate(model, ToScore(text=story, limit=2, length=19))
 
 
 def test_a_separator_is_for_the_texts_that_can_have_one(byte_model, story, tmp_path):

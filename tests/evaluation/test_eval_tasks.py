@@ -536,5 +536,5 @@ def test_a_class_without_likelihoods(tmp_path, folders):
         with pytest.raises(UpcycleError, match="reads sound and no text"):
             evaluate(folder, asked)
     feeding = Feeding.of_file(folders[0] / "piqa.jsonl", length=16, cache=tmp_path)
-    with pytest.raises(UpcycleError, match="reads sound, and the task"):
+    with pytest.raises(UpcycleError, match="reads sound and no text"):
         SpanCorruption().feed(feeding, Subject.of(folder))

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+import torch
 
 import gloo
 import ranks
 import upcycle
 from upcycle import UpcycleError
+from upcycle.dense.subject import Subject
 from upcycle.evaluation.batch_size import BatchSize
+from upcycle.evaluation.exam import HarnessExaminer
 from upcycle.training import loop
 from upcycle.training.metrics import read
+from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'upcycle[eval]'")
@@ -64,6 +69,17 @@ def test_a_run_that_diverges_goes_on_without_scores(table, tmp_path, caplog):
     upcycle.train(table | {"schedule": {"name": "constant", "peak": 1e38}, "spikes": {"nonfinite": "skip"}})
     assert [line.scores for line in read(tmp_path / "run")] == [None, {}, {}]
     assert "the model gives NaN, so its tasks have no scores" in caplog.messages
+
+
+def test_one_rank_says_that_there_are_no_scores(table, trainable, caplog):
+    run, subject = Run.of(table), Subject.of(trainable[0])
+    model = upcycle.open(trainable[0])
+    model.get_output_embeddings().weight.data.fill_(math.nan)
+    for rank, said in ((0, 1), (1, 0)):
+        here = Ranks(rank=rank, dp_rank=rank, device=torch.device("cpu"))
+        assert HarnessExaminer().score(model, run, subject, here) == {}
+        assert caplog.messages.count("the model gives NaN, so its tasks have no scores") == said
+        caplog.clear()
 
 
 @pytest.mark.slow

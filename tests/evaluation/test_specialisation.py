@@ -250,14 +250,14 @@ def test_similarity_when_training_began(trainable, tmp_path, capsys):
         assert "cosine_between_at_start" not in start
     cli.main(["inspect", str(tmp_path / "trained")])
     assert "began at" in capsys.readouterr().out
-    # If the source has other weights now, nothing is said about how the experts began.
+    # If the source has other files now, nothing is said about how the experts began, or what has changed.
     weights = source / "model.safetensors"
-    save_file({n: t + 0.01 for n, t in load_file(weights).items()}, weights, {"format": "pt"})
+    save_file({n: t.clone() for n, t in load_file(weights).items()}, weights, {"saved": "again"})
     found = inspect(tmp_path / "trained")
     assert not any("cosine_between_at_start" in row for row in found["layers"])
     assert found["notes"] == [
-        f"compared with {source}, whose weights have changed since it was made from them",
-        "what the experts began as cannot be made again: it was from other weights",
+        f"compared with {source}, whose files are not those that it was made from",
+        "what the experts began as cannot be made again: it was not from these files",
     ]
 
 
@@ -302,8 +302,33 @@ def test_a_convnext_is_watched(pictures, tmp_path):
 
 def test_rows_beyond_the_positions_are_refused(mixtral, texts):
     most = Subject.of(mixtral).length
-    with pytest.raises(UpcycleError, match=f"^length = {most + 1} and the model has {most} positions"):
+    with pytest.raises(UpcycleError, match=f"^length = {most + 1} and the model takes {most} tokens"):
         specialisation(mixtral, ToWatch(text=texts, limit=4, length=most + 1))
+
+
+def test_a_field_is_for_the_texts_that_can_have_one(mixtral, texts, tmp_path):
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text(json.dumps({"body": texts["stories"].read_text()}))
+    asked = {"limit": 2, "length": 32, "field": "body"}
+    seen = specialisation(mixtral, ToWatch(text={"plain": texts["stories"], "lines": lines}, **asked))
+    for layer in seen.layers:
+        assert np.array_equal(*(domain.counts for domain in layer.domains.values()))
+    with pytest.raises(UpcycleError, match=r"stories\.txt is text alone; take field out"):
+        specialisation(mixtral, ToWatch(text=texts, **asked))
+
+
+def test_a_model_that_gives_nan_has_no_routing(mixtral, texts, tmp_path, capsys):
+    """Its routers would choose the first experts."""
+    weights = Path(shutil.copytree(mixtral, tmp_path / "moe")) / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.1.input_layernorm.weight"][0] = math.nan
+    save_file(tensors, weights, {"format": "pt"})
+    (tmp_path / "moe" / "routing.json").unlink(missing_ok=True)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["inspect", str(tmp_path / "moe"), "--text", str(texts["loud"]), "--limit", "1"])
+    assert stopped.value.code == 2
+    assert "gives NaN where the load of an expert needs numbers" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "moe" / "routing.json").exists()
 
 
 def test_words_in_brackets_are_words(capsys):

@@ -76,11 +76,22 @@ def of_rows(length: int, source: Path) -> Run:
     )
 
 
-def test_rows_beyond_the_positions_of_an_encoder_are_refused(tmp_path):
-    source = tiny.make(tmp_path / "bert", "BertForMaskedLM")
+@pytest.mark.parametrize(
+    ("architecture", "most"),
+    [("BertForMaskedLM", 40), ("RobertaForMaskedLM", 38), ("BartForConditionalGeneration", 40)],
+)
+def test_rows_beyond_the_positions_of_an_encoder_are_refused(architecture, most, tmp_path):
+    source = tiny.make(tmp_path / "dense", architecture)
+    said = rf"train\.sequence_length = 64 and the model takes {most} tokens"
     for foreseen in (foretell_run, rehearse):
-        with pytest.raises(UpcycleError, match=r"train\.sequence_length = 64 and the model has 40 positions"):
+        with pytest.raises(UpcycleError, match=said):
             foreseen(of_rows(64, source), world=2)
+
+
+def test_a_model_of_sound_has_no_forecast_as_it_has_no_run(tmp_path):
+    source = tiny.make(tmp_path / "whisper", "WhisperForConditionalGeneration")
+    with pytest.raises(UpcycleError, match="reads sound and no text"):
+        foretell_run(of_rows(64, source), world=2)
 
 
 def test_rows_of_two_stacks_are_those_of_the_dry_run(tmp_path):
@@ -108,7 +119,7 @@ def test_the_forecast_is_shown(run, capsys):
     [
         (
             ["--world", "8", "--set", "train.sequence_length=128"],
-            "train.sequence_length = 128 and the model has 64 positions",
+            "train.sequence_length = 128 and the model takes 64 tokens",
         ),
         (["--world", "12"], "64 rows of a global batch do not divide among 12 groups of ranks"),
         (["--world", "16", "--set", "parallel.ep=16"], "ep must divide the 8 experts"),
@@ -145,7 +156,7 @@ def test_options_of_a_forecast_ask_for_one(option, dense, capsys):
         ({"world": 8, "tp": 8}, "tp must divide the 4 heads"),
         ({"world": 8, "rows": 0}, "rows = 0; it must be"),
         ({"world": 8, "context": -1}, "context = -1; it must be"),
-        ({"world": 8, "context": 65}, "context = 65 and the model has 64 positions"),
+        ({"world": 8, "context": 65}, "context = 65 and the model takes 64 tokens"),
     ],
 )
 def test_what_does_not_fit_is_refused(dense, asked, words):

@@ -281,6 +281,24 @@ def test_an_export_joins_its_run_after_that_was_lengthened(tmp_path, monkeypatch
     assert column.label == "dense, continued, step 20"
 
 
+def test_an_export_joins_the_run_that_it_names_whatever_other_length_is_there(tmp_path, monkeypatch):
+    """Both runs wrote the same `out`. A run that a checkpoint does not name has taken its steps, too."""
+    monkeypatch.setattr("upcycle.reporting.checkpoints._anatomy", lambda folder: None)
+    out = {"out": "runs/x"}
+    short, long = (write_run(tmp_path / f"of{n}", lambda t: 2.0, steps=n, **out) for n in (20, 40))
+    early, late = (
+        write_checkpoint(tmp_path / f"at{run.name}", run, step=n) for run, n in ((short, 20), (long, 40))
+    )
+
+    def owners(*folders: Path) -> list[str | None]:
+        found = study([*folders, early, late], DenseCost())
+        return [o and o[1].name for o in map(found.comparison.owner, found.checkpoints)]
+
+    assert owners(short, long) == owners(long, short) == ["of20", "of40"]
+    assert owners(short) == ["of20", None]
+    assert owners(long) == ["of40", "of40"]
+
+
 def test_a_mean_of_checkpoints_is_called_one(tmp_path, monkeypatch):
     """It shares a column with means of the same steps alone, and so does one expert of a model."""
     monkeypatch.setattr("upcycle.reporting.checkpoints._anatomy", lambda folder: None)
@@ -473,8 +491,12 @@ def test_seeds_are_those_of_one_checkpoint_however_its_path_is_written(tmp_path)
         folder, made = tmp_path / role, []
         for seed, (path, sha256) in enumerate(given):
             where = folder / f"{len(list(folder.glob('*')))}"
-            named = {"source": path} if role == "source" else {"teacher": {"source": path}}
-            run = write_run(where, lambda t: 2.0, seed=seed, data={"tokenizer": "one"}, **named)
+            named = {
+                "source": {"source": path},
+                "teacher": {"teacher": {"source": path}},
+                "tokenizer": {"data": {"tokenizer": path}, "stage": [{"data": {"tokenizer": path}}]},
+            }[role]
+            run = write_run(where, lambda t: 2.0, seed=seed, **{"data": {"tokenizer": "one"}, **named})
             made.append(hashed(run, sha256, role))
         return [(group.label, len(group.runs)) for group in compared(*made).groups]
 
@@ -488,6 +510,11 @@ def test_seeds_are_those_of_one_checkpoint_however_its_path_is_written(tmp_path)
         assert [count for _, count in found] == [2, 1]
         assert len({label for label, _ in found}) == 2
         assert runs(role, ("dense", None), ("dense", "1"), ("/home/dense", "1")) == [("dense, continued", 3)]
+    words = tmp_path / "words"
+    words.mkdir()
+    (words / "tokenizer.json").write_text("{}")
+    written = [(f"{words}{more}", None) for more in ("", "/.", "/../words")]
+    assert runs("tokenizer", *written) == [("dense, continued", 3)]
 
 
 # --- stages of unequal cost ---

@@ -483,5 +483,5 @@ def test_other_mistakes(dense, tmp_path):
         UpcycleError, match=r"fits into length = 20 tokens .*lengthen the rows, or in a run, set"
     ):
         evaluate(dense, ToScore(chats=dense / "chats.jsonl", length=20))
-    with pytest.raises(UpcycleError, match=r"length = 9999 and the model has \d+ positions"):
+    with pytest.raises(UpcycleError, match=r"length = 9999 and the model takes \d+ tokens"):
         evaluate(dense, ToScore(chats=dense / "chats.jsonl", length=9999))

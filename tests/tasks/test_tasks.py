@@ -725,7 +725,7 @@ def test_a_shared_expert_in_one_stack(data):
         ("bert", {"images": "images", "shots": "images"}, "reads no images"),
         ("vit", {"text": "text.txt"}, "reads images and no text"),
         ("bert", {"images": "images"}, "does not classify images"),
-        ("bert", {"text": "text.txt", "length": 65}, "the model has 64 positions"),
+        ("bert", {"text": "text.txt", "length": 65}, "the model takes 64 tokens"),
         ("vit", {"images": "images", "limit": -1}, "--limit -1"),
         ("vit", {}, "give either --text FILE or --images SET"),
         ("vit", {"shots": "images", "text": "text.txt"}, "give both"),

@@ -511,7 +511,7 @@ def test_train_says_what_plan_says(table: Table, tmp_path: Path, capsys: Any) ->
 
 
 def test_rows_beyond_the_context_are_refused(table: Table, tmp_path: Path) -> None:
-    with pytest.raises(UpcycleError, match=r"sequence_length = 65 and the model has 64 positions"):
+    with pytest.raises(UpcycleError, match=r"sequence_length = 65 and the model takes 64 tokens"):
         train(Run.of(table(train={"sequence_length": 65, "batch_tokens": 130})))
 
 

@@ -319,7 +319,7 @@ def test_a_dry_run_has_the_teacher(top, dense, tmp_path):
     ("given", "changes", "said"),
     [
         (("llama", {"vocab_size": 64}), {}, "has a vocabulary of 64 tokens and the model one of 96"),
-        (("llama", {"max_position_embeddings": 16}), {}, "= 32 and the model has 16 positions"),
+        (("llama", {"max_position_embeddings": 16}), {}, "= 32 and the model takes 16 tokens"),
         (("llama", {}), {"teacher": {"top_logits": 97}}, "top_logits = 97 and the vocabulary has 96 tokens"),
         (("falcon", {"alibi": True}), {"data": {"isolate": True}}, "cannot keep the documents of a row"),
         (("llama", {}), {"task": {"name": "masked_lm"}}, "the task is masked_lm; take it out"),

@@ -15,6 +15,7 @@ from upcycle.dense.source import Dense
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
 from upcycle.tasks._rows import Rows, of_images, of_prompts, of_text
+from upcycle.tasks._tokens import refuse_idle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,7 @@ class Part:
 def parts(dense: Dense, asked: ToCalibrate, cache: Path) -> list[Part]:
     """Return the parts of a pass: one, or those of each domain in turn."""
     subject = Subject.of_dense(dense)
+    refuse_idle(asked.texts, field=asked.field)
     if asked.domains:
         return [
             part

@@ -78,7 +78,7 @@ class ToCalibrate:
             raise UpcycleError(f"--limit {self.limit}; it must be 0 (all) or more")
         if self.length is not None and (self.length < 1 or self.images is not None):
             raise UpcycleError(f"--length {self.length}; it must be 1 or more tokens, and goes with --text")
-        if self.field != Source.field and self.text is None and not any(d.text for d in self.domains):
+        if self.field != Source.field and not self.texts:
             raise UpcycleError(f"--field {self.field} is that of a text, and none is given; leave it out")
         if not math.isfinite(self.threshold):
             raise UpcycleError(f"--threshold {self.threshold}; it must be a number")
@@ -100,6 +100,12 @@ class ToCalibrate:
             raise UpcycleError(
                 "--collect gradient wants a loss, and prompts have none; leave it out, or give texts"
             )
+
+    @property
+    def texts(self) -> tuple[Path, ...]:
+        """The paths of the texts: the one that is given, or those of the domains."""
+        of_domains = tuple(Path(domain.text) for domain in self.domains if domain.text)
+        return of_domains if self.text is None else (self.text,)
 
     def examples(self, there: int) -> int:
         """Return how many of `there` examples are used."""

@@ -95,6 +95,11 @@ class Subject:
         return self._family.length(dict(self.settings))
 
     @property
+    def positions(self) -> int | None:
+        """The most tokens that a row of text may have; None if the class takes any number."""
+        return None if self.settings.get("max_position_embeddings") is None else self.length
+
+    @property
     def reads_text(self) -> bool:
         """Return whether the model reads tokens; a class that only exists as MoE is taken to do so."""
         return self._family is None or "input_ids" in self._family.inputs(dict(self.settings), self.length)

@@ -74,7 +74,7 @@ class LanguageModel:
             model=model.eval(),
             tokenizer=tokenizer,
             subject=subject,
-            length=subject.settings.get("max_position_embeddings"),
+            length=subject.positions,
             size=BatchSize.of(subject.settings, model.device, fixed=batch_size),
         )
 

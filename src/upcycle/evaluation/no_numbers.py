@@ -1,4 +1,4 @@
-"""A model whose logits hold NaN has no score: the likeliest of NaN is the first token or class of all."""
+"""A model whose logits hold NaN has no score: the likeliest of NaN is the first token or class or expert."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from upcycle.errors import UpcycleError
 
 
 class NoNumbersError(UpcycleError):
-    """The logits of a model hold NaN."""
+    """The logits of a model, or of its routers, hold NaN."""
 
 
-def refuse_nan(numbers: torch.Tensor, subject: Subject) -> None:
-    """Raise `NoNumbersError` if NaN is among `numbers`, which are logits or losses of any shape.
+def refuse_nan(numbers: torch.Tensor, subject: Subject, what: str = "a score") -> None:
+    """Raise `NoNumbersError` if NaN is among `numbers`, which are of any shape and `what` is made of.
 
     Infinite ones pass: a class may give a token no probability at all.
     """
     if bool(numbers.isnan().any()):
         raise NoNumbersError(
-            f"{subject.folder} gives NaN where a score needs numbers, so it has no score; look for NaN in "
-            f"its weights, or take a checkpoint from before its training diverged"
+            f"{subject.folder} gives NaN where {what} needs numbers, so it has none; look for NaN in its "
+            f"weights, or take a checkpoint from before its training diverged"
         )
 
 

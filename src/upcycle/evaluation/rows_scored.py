@@ -33,7 +33,7 @@ def score(
     The rows are in a random order of seed 0. Raises `UpcycleError` for data that the task cannot read, and
     for rows that are longer than the model's positions, and `NoNumbersError` if the model gives NaN.
     """
-    length = asked.length or min(LENGTH, subject.settings.get("max_position_embeddings") or LENGTH)
+    length = asked.length or min(LENGTH, subject.positions or LENGTH)
     if task.reads != "images":
         refuse_beyond_positions(length, subject, setting="length")
     feeding = Feeding.of_file(path, length=length, cache=cache, separator=asked.separator, field=asked.field)

@@ -21,7 +21,6 @@ from upcycle import tasks
 from upcycle.checkpoints import hub
 from upcycle.checkpoints.checkpoint import Checkpoint, read_json
 from upcycle.data import corpus, splits
-from upcycle.data.documents import Source
 from upcycle.dense.admission import admit, drops_head, that_find
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
@@ -37,6 +36,7 @@ from upcycle.records.run import RunRecord
 from upcycle.system import scratch
 from upcycle.system.wording import quoted
 from upcycle.tasks import Task
+from upcycle.tasks._tokens import refuse_idle, refuse_sound
 
 __all__ = ["Scored", "ToScore", "evaluate", "refuse", "score"]
 
@@ -143,15 +143,11 @@ def _admit(source: str | Path, asked: ToScore) -> tuple[Path, Subject]:
 def _refuse_unfit(subject: Subject, asked: ToScore) -> None:
     """Raise an error for data that a model class cannot be scored on, before weights are read."""
     architecture = subject.architecture
+    refuse_sound(subject)
     if asked.shots is None:
         _refuse_other_data(tasks.of(architecture), architecture, asked)
     elif "image_size" not in subject.settings:
         raise UpcycleError(f"{architecture} reads no images; --few-shot is for models that do")
-    if not asked.images and not subject.reads_text:
-        raise UpcycleError(
-            f"{architecture} reads sound and no text, and texts and images are what can be scored; take "
-            f"another checkpoint"
-        )
     if asked.chats and not architecture.endswith(CAUSAL_HEADS):
         heads = " or ".join(CAUSAL_HEADS)
         raise UpcycleError(f"{architecture} cannot chat; --chats is for classes that end in {heads}")
@@ -191,10 +187,7 @@ def _refuse_missing(asked: ToScore) -> None:
         if (why := splits.mixed(splits.to_score(path))) is not None:
             raise UpcycleError(why)
     for given in ({"separator": asked.separator}, {"field": asked.field}):
-        sources = [Source(path=splits.to_score(path).path, **given) for path in asked.texts]
-        idle = [splits.unread(source, "--{}") for source in sources]
-        if idle and None not in idle:
-            raise UpcycleError(str(idle[0]))
+        refuse_idle([splits.to_score(path).path for path in asked.texts], **given)
     if asked.by_harness:
         harness()
     if asked.task_files:

@@ -22,6 +22,7 @@ from upcycle.data.documents import Source
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.batch_size import BatchSize
+from upcycle.evaluation.no_numbers import refuse_nan
 from upcycle.evaluation.patches import FAVOURITES, Patches
 from upcycle.hf import models
 from upcycle.hf.quiet import quiet
@@ -30,6 +31,7 @@ from upcycle.system import claim, scratch, whole_file
 from upcycle.system.paths import as_paths
 from upcycle.system.progress import work
 from upcycle.tasks._rows import Rows, of_images, of_text
+from upcycle.tasks._tokens import refuse_idle
 from upcycle.tensors import rng
 from upcycle.training.routing import RouterOutput, Routers
 
@@ -165,7 +167,8 @@ def specialisation(
     The result holds, for every layer, the load, confidence and favourites of the experts and the divergence
     between domains. This is the Jensen-Shannon divergence in bits: 0 if two domains use the experts alike, 1
     if they share none. It compares the loads or, if a router gives every expert equally many tokens, the mean
-    probabilities. Raises `UpcycleError` for a dense model and for rows it cannot read.
+    probabilities. Raises `UpcycleError` for a dense model and for rows it cannot read, and `NoNumbersError`
+    if a router gives NaN.
     """
     folder = Path(folder)
     subject = Subject.of(folder)
@@ -174,6 +177,7 @@ def specialisation(
             f"{folder} has experts in its vision tower, and what is watched are the routers of a model that "
             f"reads texts or images alone; leave the sets out"
         )
+    refuse_idle((asked.text or {}).values(), field=asked.field)
     with scratch.folder() as made_here:
         cache = asked.cache or made_here
         sets = {
@@ -260,6 +264,7 @@ def _watch(
             for stack, layer, output in zip(routers.stacks, routers.layers, routers.outputs, strict=True)
         ]  # fmt: skip
     for layer, output in zip(layers, routers.outputs, strict=True):
+        refuse_nan(output.of_tokens(output.probabilities), subject, "the load of an expert")
         _add(layer, name, output, _kinds(inputs, layer.stack, output, len(places)))
         if layer.patches is not None:
             given = output.probabilities.cpu().numpy()

@@ -129,7 +129,7 @@ def _checked(language: LanguageModel, length: int | None, stride: int | None) ->
     most = language.length
     length = length or min(LENGTH, most or LENGTH)
     if most is not None and length > most:
-        raise UpcycleError(f"--length {length} and the model has {most} positions; shorten the windows")
+        raise UpcycleError(f"--length {length} and the model takes {most} tokens; shorten the windows")
     stride = stride or length
     if stride > length:
         raise UpcycleError(

@@ -142,14 +142,20 @@ class Comparison:
     def owner(self, checkpoint: CheckpointRecord) -> tuple[Group, RunHistory] | None:
         """Return the group and the run that a checkpoint was exported from, if the run was given.
 
-        The run may have been given more steps since then.
+        That is the run with the table that the checkpoint names. If no run has it, it is one that was given
+        more steps since then and has taken those of the checkpoint.
         """
         training = checkpoint.training
         if training is None or training.run is None:
             return None
-        given = _lasting(training.run)
-        found = [(g, r) for g in self.groups for r in (*g.runs, *g.repeats) if _lasting(r.table) == given]
-        return found[0] if found else None
+        given, step = training.run, training.step
+
+        def fits(owner: tuple[Group, RunHistory]) -> tuple[bool, bool]:
+            return owner[1].table == given, owner[1].done >= step
+
+        runs = [(g, r) for g in self.groups for r in (*g.runs, *g.repeats)]
+        found = [owner for owner in runs if _lasting(owner[1].table) == _lasting(given) and any(fits(owner))]
+        return max(found, key=fits, default=None)
 
 
 def _lasting(table: Mapping[str, Any]) -> tuple[Any, Any]:

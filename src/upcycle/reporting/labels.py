@@ -19,7 +19,7 @@ ORDER: tuple[Kind, ...] = (
 _FREE = ("seed", "out", "log", "checkpoint", "parallel", "eval")
 _FREE_BELOW = {
     "train": ("seed", "micro_batch", "compile", "activation_checkpointing"),
-    "data": ("cache", "split_seed"),
+    "data": ("cache", "split_seed", "tokenizer"),  # runs that are compared have one tokenizer, by its bytes
 }
 _STAGES = "stages"  # not a key of a run file: the names of its stages
 
@@ -63,10 +63,19 @@ def _settings(run: RunHistory, runs: Sequence[RunHistory], source: int, teacher:
     table = {k: v for k, v in run.table.items() if k not in _FREE}
     for section, free in _FREE_BELOW.items():
         table[section] = {k: v for k, v in table[section].items() if k not in free}
+    named = run.table["data"].get("tokenizer")
+    if run.table.get("stage"):
+        table["stage"] = [_without_tokenizer(stage, named) for stage in run.table["stage"]]
     table["source"] = runs[source].table.get("source")
     if table.get("teacher"):
         table["teacher"] = {**table["teacher"], "source": runs[teacher].table["teacher"].get("source")}
     return Settings(table=table, checkpoints=(source, teacher))
+
+
+def _without_tokenizer(stage: Mapping[str, Any], named: Any) -> dict[str, Any]:
+    """Return the table of a stage without the tokenizer that its run names as well."""
+    data = stage.get("data") or {}
+    return {**stage, "data": {k: v for k, v in data.items() if (k, v) != ("tokenizer", named)}}
 
 
 def kind_of(run: RunHistory) -> Kind:

@@ -146,7 +146,10 @@ class Task(Named, abc.ABC):
 
     @abc.abstractmethod
     def lengths(self, length: int, subject: Subject) -> dict[str, int]:
-        """Return the tokens of a row in each stack of blocks if text is cut into rows of `length` tokens."""
+        """Return the tokens of a row in each stack of blocks if text is cut into rows of `length` tokens.
+
+        Raises `UpcycleError` for a model that reads no such rows.
+        """
 
     def beyond_positions(self, length: int, subject: Subject) -> str | None:
         """Return a sentence about rows that are too long for the model; None if they are not."""

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from upcycle import tasks
-from upcycle.data import corpus, splits
+from upcycle.data import corpus
 from upcycle.data.documents import Source
 from upcycle.data.feeding import Feeding
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, shown
 from upcycle.tasks import Batch, Question, Task
 from upcycle.tasks._plain import Plain
-from upcycle.tasks._tokens import refuse_beyond_positions
+from upcycle.tasks._tokens import refuse_beyond_positions, refuse_sound
 from upcycle.tasks.image_classification import ImageClassification
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def of_images(path: Path, subject: Subject, cache: Path, *, gradient: bool, seed
     `gradient` requires labels that fit the head. Raises `UpcycleError` for a model that reads no images, and
     for `gradient` without a head.
     """
+    refuse_sound(subject)
     if "image_size" not in subject.settings:
         raise UpcycleError(f"{subject.architecture} reads text and no images; give --text PATH")
     feeding = Feeding.of_file(path, length=LENGTH, cache=cache, seed=seed)  # images have no length
@@ -79,15 +80,14 @@ def of_text(
     """Return the text at `path` in rows of `length` tokens.
 
     A `length` of None means the model's maximum, up to `LENGTH`. Raises `UpcycleError` for a model that reads
-    images, for rows longer than its positions, and for `gradient` without a head or labels.
+    no text, for rows longer than its positions, and for `gradient` without a head or labels.
     """
+    refuse_sound(subject)
     if "image_size" in subject.settings:
         raise UpcycleError(f"{subject.architecture} reads images and no text; give --images PATH")
     length = length or min(LENGTH, subject.length)
     feeding = Feeding.of_file(path, length=length, cache=cache, seed=seed, field=field)
     refuse_beyond_positions(length, subject, setting=feeding.setting)
-    if field != Source.field and (why := splits.unread(feeding.data.sources[0], "--{}")) is not None:
-        raise UpcycleError(why)
     return _rows(feeding, "text", path, subject, gradient=gradient)
 
 
@@ -95,8 +95,10 @@ def of_prompts(prompts: Sequence[str], subject: Subject) -> Rows:
     """Return prompts, each a row with the special tokens that its tokenizer adds, padded on the right.
 
     Those special tokens do not count: the first token of a text is like no other, and the same for all.
-    Raises `UpcycleError` for a prompt without a token, and for one that is longer than the model's positions.
+    Raises `UpcycleError` for a model that reads sound, for a prompt without a token, and for one that is
+    longer than the model's positions.
     """
+    refuse_sound(subject)
     tokenizer = corpus.read_tokenizer(subject.folder)
     rows = [_prompt(prompt, tokenizer, subject) for prompt in prompts]
     made = {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from upcycle.data import corpus, leaks
 from upcycle.data.batches import Batches, Places
 from upcycle.data.corpus import Data
+from upcycle.data.documents import Source
 from upcycle.data.feeding import Feeding
 from upcycle.data.splits import unread
 from upcycle.errors import UpcycleError
@@ -31,17 +33,36 @@ def objection_to_sources(data: Data) -> str | None:
     return next(filter(None, map(unread, data.sources)), None) or leaks.within(data)
 
 
+def refuse_idle(texts: Iterable[str | Path], **given: str | None) -> None:
+    """Raise `UpcycleError` for a key of a source, such as `field`, that none of the texts could have."""
+    if all(value == getattr(Source, key) for key, value in given.items()):
+        return
+    sources = [Source(path=str(path), **given) for path in texts]  # type: ignore[arg-type]
+    idle = [unread(source, "--{}") for source in sources]
+    if idle and None not in idle:
+        raise UpcycleError(str(idle[0]))
+
+
+def refuse_sound(subject: Subject) -> None:
+    """Raise `UpcycleError` for a model that reads sound, because all data are texts or images."""
+    if "image_size" not in subject.settings and not subject.reads_text:
+        raise UpcycleError(
+            f"{subject.architecture} reads sound and no text, and upcycle shows a model texts and images "
+            f"alone; take another checkpoint"
+        )
+
+
 def beyond_positions(length: int, subject: Subject, *, setting: str = "train.sequence_length") -> str | None:
     """Return a sentence about rows longer than the model's positions; None if they are not.
 
     `setting` is what the caller calls the length.
     """
-    most = subject.settings.get("max_position_embeddings")
+    most = subject.positions
     if most is None or length <= most:
         return None
     return (
-        f"{setting} = {length} and the model has {most} positions "
-        f"(max_position_embeddings in its config.json); shorten the rows"
+        f"{setting} = {length} and the model takes {most} tokens "
+        f"(by max_position_embeddings in its config.json); shorten the rows"
     )
 
 

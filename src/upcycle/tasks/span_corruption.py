@@ -15,7 +15,13 @@ from upcycle.errors import UpcycleError
 from upcycle.settings import AtLeast, Within
 from upcycle.tasks import Batch, Question, Task
 from upcycle.tasks._decoder_inputs import behind_start
-from upcycle.tasks._tokens import TokenFeed, objection_to_sources, tokenizer_of
+from upcycle.tasks._tokens import (
+    TokenFeed,
+    beyond_positions,
+    objection_to_sources,
+    refuse_sound,
+    tokenizer_of,
+)
 from upcycle.tensors import rng
 
 if TYPE_CHECKING:
@@ -44,11 +50,7 @@ class SpanCorruption(Task):
         return objection_to_sources(data)
 
     def feed(self, feeding: Feeding, subject: Subject) -> Feed:
-        if not subject.reads_text:
-            raise UpcycleError(
-                f"{subject.architecture} reads sound, and the task of an encoder-decoder is about text; take "
-                f"a checkpoint that reads text, such as a T5"
-            )
+        refuse_sound(subject)
         lengths = self.spans(feeding.length)
         tokenizer = tokenizer_of(feeding, subject)
         sentinels, eos = _sentinels(tokenizer), tokenizer.eos_token_id
@@ -74,7 +76,11 @@ class SpanCorruption(Task):
     def targets(self, batch: Batch) -> int:
         return batch["targets"].numel()
 
+    def beyond_positions(self, length: int, subject: Subject) -> str | None:
+        return beyond_positions(length, subject)
+
     def lengths(self, length: int, subject: Subject) -> dict[str, int]:
+        refuse_sound(subject)
         lengths = self.spans(length)
         return {"encoder": lengths.inputs, "decoder": lengths.targets}
 
