@@ -168,6 +168,36 @@ def test_named_classes_of_parquet_are_those_of_the_head(tmp_path):
     assert labels_of(numbers, source) == labels_of(tmp_path / "names.jsonl", source)
 
 
+def test_a_test_set_may_lack_a_class_that_is_named(texts, tmp_path):
+    source = classifier(tmp_path / "dense", "Bert")
+    lines = texts.read_text().splitlines()
+    (tmp_path / "test.jsonl").write_text("\n".join(line for line in lines if "none" in line))
+    task = {"name": "text_classification", "classes": 2, "test": str(tmp_path / "test.jsonl")}
+    made = table(source, texts, tmp_path / "run", task=task)
+    with pytest.raises(
+        UpcycleError, match=r"only one of them has dog; .* set task\.classes to the names of all"
+    ):
+        train(Run.of(made))
+    made |= {"task": task | {"classes": ["none", "dog"]}, "out": str(tmp_path / "named")}
+    train(Run.of(made))
+    assert read(tmp_path / "named")[-1].held_out_accuracy is not None
+
+
+def test_a_number_without_a_name_is_no_class(tmp_path):
+    import pyarrow.parquet
+
+    source = classifier(tmp_path / "dense", "Bert")
+    rows = pyarrow.parquet.read_table(class_labels(tmp_path / "rows.parquet", [0, 1, 2, 0]))
+    wrong = pyarrow.array([0, 1, 2, 3], rows.schema.field("label").type)
+    pyarrow.parquet.write_table(
+        rows.set_column(1, rows.schema.field("label"), wrong), tmp_path / "rows.parquet"
+    )
+    with pytest.raises(
+        UpcycleError, match=r"label 3; labels must all be whole numbers of 0 to 2 \(it names 3 classes\)"
+    ):
+        labels_of(tmp_path / "rows.parquet", source)
+
+
 def test_a_folder_of_texts_is_read_whole(texts, tmp_path, caplog):
     """In the order of its files, with classes on which all of them agree."""
     source, folder = classifier(tmp_path / "dense", "Bert"), tmp_path / "folder"
@@ -208,33 +238,3 @@ def test_the_odd_label_is_named_with_its_row(labels, said, tmp_path):
     file.write_text("\n".join(json.dumps({"text": "the cat", "label": label}) for label in labels))
     with pytest.raises(UpcycleError, match=said):
         labels_of(file, source)
-
-
-def test_a_test_set_may_lack_a_class_that_is_named(texts, tmp_path):
-    source = classifier(tmp_path / "dense", "Bert")
-    lines = texts.read_text().splitlines()
-    (tmp_path / "test.jsonl").write_text("\n".join(line for line in lines if "none" in line))
-    task = {"name": "text_classification", "classes": 2, "test": str(tmp_path / "test.jsonl")}
-    made = table(source, texts, tmp_path / "run", task=task)
-    with pytest.raises(
-        UpcycleError, match=r"only one of them has dog; .* set task\.classes to the names of all"
-    ):
-        train(Run.of(made))
-    made |= {"task": task | {"classes": ["none", "dog"]}, "out": str(tmp_path / "named")}
-    train(Run.of(made))
-    assert read(tmp_path / "named")[-1].held_out_accuracy is not None
-
-
-def test_a_number_without_a_name_is_no_class(tmp_path):
-    import pyarrow.parquet
-
-    source = classifier(tmp_path / "dense", "Bert")
-    rows = pyarrow.parquet.read_table(class_labels(tmp_path / "rows.parquet", [0, 1, 2, 0]))
-    wrong = pyarrow.array([0, 1, 2, 3], rows.schema.field("label").type)
-    pyarrow.parquet.write_table(
-        rows.set_column(1, rows.schema.field("label"), wrong), tmp_path / "rows.parquet"
-    )
-    with pytest.raises(
-        UpcycleError, match=r"label 3; labels must all be whole numbers of 0 to 2 \(it names 3 classes\)"
-    ):
-        labels_of(tmp_path / "rows.parquet", source)
