@@ -1017,7 +1017,8 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_shown(tmp_path, given_fold
     lines = (damaged / "metrics.jsonl").read_text().splitlines()
     (damaged / "metrics.jsonl").write_text("\n".join([*lines[:20], "{]", *lines[20:]]) + "\n")
     scored = write_checkpoint(tmp_path / "scored", eval={"format": 1, "results": [{"kind": "text"}]})
-    folders = [*given_folders, junk, broken, newer, mixed, damaged, scored, tmp_path / "gone"]
+    (page := tmp_path / "page.html").write_text("<p>")
+    folders = [*given_folders, junk, broken, newer, mixed, damaged, scored, tmp_path / "gone", page]
     cli.main(["report", *map(str, folders), "--out", str(tmp_path / "r.html")])
     said = capsys.readouterr().err
     for sentence in (
@@ -1031,6 +1032,7 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_shown(tmp_path, given_fold
         "damaged is unfinished: 20 of 40 steps",
         "scored: eval.json is damaged",
         "gone is left out: there is no such folder",
+        "page.html is left out: it is a file; give the folder of a run or of a checkpoint",
     ):
         assert sentence in said
         assert sentence in (tmp_path / "r.html").read_text()

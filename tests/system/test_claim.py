@@ -12,6 +12,7 @@ import pytest
 from upcycle import Recipe, convert
 from upcycle.errors import UpcycleError
 from upcycle.system import claim, lock
+from upcycle.training import export
 
 
 def test_what_may_be_made(tmp_path):
@@ -30,6 +31,19 @@ def test_what_may_be_made(tmp_path):
     ):
         with pytest.raises(UpcycleError, match=said):
             claim.may_create(tmp_path / name)
+
+
+def test_nothing_is_made_where_nobody_may_write(tmp_path, monkeypatch):
+    """An export asks before it opens its model. Root may write everywhere, so the system's answer is ours."""
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK or Path(path) != tmp_path)
+    said = rf"{tmp_path} cannot be written to; check its permissions"
+    for path in (tmp_path / "new", tmp_path / "a" / "new"):
+        with pytest.raises(UpcycleError, match=said):
+            claim.may_create(path)
+    monkeypatch.setattr(export, "read_record", lambda folder: None)
+    monkeypatch.setattr(export, "_checkpoint", lambda folder, step: folder)
+    with pytest.raises(UpcycleError, match=said):
+        export.export(tmp_path / "run", tmp_path / "new")
 
 
 def test_what_may_be_replaced(tmp_path):

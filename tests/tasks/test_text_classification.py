@@ -109,6 +109,15 @@ def test_a_new_head_has_the_classes_that_are_asked_for(name, texts, tmp_path):
     assert all(torch.equal(made[key], stored[key]) for key in kept)
 
 
+@pytest.mark.parametrize("classes", [0, 2])
+def test_a_model_without_a_classifier_is_told_where_to_get_one(classes, texts, tmp_path):
+    source = tiny.make(tmp_path / "bare", "BertModel")
+    task = {"name": "text_classification", "classes": classes}
+    with pytest.raises(UpcycleError, match=r"AutoModelForSequenceClassification\.from_pretrained") as said:
+        train(Run.of(table(source, texts, tmp_path / "run", task=task)))
+    assert ("task.classes" in str(said.value)) == bool(classes)
+
+
 @pytest.mark.parametrize(
     ("ends", "text", "counts"), [(False, "the cat", "0 to 0"), (True, "the </s> cat", "1 to 2")]
 )
@@ -135,11 +144,11 @@ def labels_of(texts: Path, source: Path) -> list[int]:
     return feed.at(np.arange(sum(feed.trainable)))["labels"].tolist()
 
 
-def class_labels(file: Path, labels: list[int]) -> Path:
+def class_labels(file: Path, labels: list[int], names: list[str] = NAMES) -> Path:
     """A parquet file of texts with a ClassLabel, as `datasets` writes one."""
     import datasets
 
-    features = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=NAMES)}
+    features = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
     rows = {"text": ["the cat"] * len(labels), "label": labels}
     datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(file)
     return file
@@ -187,3 +196,45 @@ def test_a_number_without_a_name_is_no_class(tmp_path):
         UpcycleError, match=r"label 3; labels must all be whole numbers of 0 to 2 \(it names 3 classes\)"
     ):
         labels_of(tmp_path / "rows.parquet", source)
+
+
+def test_a_folder_of_texts_is_read_whole(texts, tmp_path, caplog):
+    """In the order of its files, with classes on which all of them agree."""
+    source, folder = classifier(tmp_path / "dense", "Bert"), tmp_path / "folder"
+    config = json.loads((source / "config.json").read_text())
+    named = {"id2label": dict(enumerate(NAMES)), "label2id": {name: i for i, name in enumerate(NAMES)}}
+    (source / "config.json").write_text(json.dumps(config | named))
+    (folder / "more").mkdir(parents=True)
+    class_labels(folder / "b.parquet", [2, 1])
+    class_labels(folder / "more" / "a.parquet", [0])
+    (folder / "notes.txt").write_text("no rows")
+    with caplog.at_level("INFO"):
+        assert labels_of(folder, source) == [2, 1, 0]
+    assert "1 files are not read, because of their endings (.txt)" in caplog.text
+    class_labels(folder / "c.parquet", [0, 1], names=NAMES[::-1])
+    with pytest.raises(UpcycleError, match=r"c\.parquet name other classes"):
+        labels_of(folder, source)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl.zst", "a.txt", "nowhere.jsonl"])
+def test_a_file_of_another_kind_is_no_set_of_texts(name, texts, tmp_path):
+    source = classifier(tmp_path / "dense", "Bert")
+    if not name.startswith("nowhere"):
+        (tmp_path / name).write_bytes(texts.read_bytes())
+    with pytest.raises(UpcycleError, match=r"; allowed: \.jsonl, \.jsonl\.gz, \.parquet, a folder$"):
+        labels_of(tmp_path / name, source)
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (["dog", None, "cat"], r"line 2 has no label: 'label' is null"),
+        (["dog", "cat", 3], r"line 3: label 3; labels must"),
+        ([0, 1, "dog"], r"line 3: label 'dog'; labels must"),
+    ],
+)
+def test_the_odd_label_is_named_with_its_row(labels, said, tmp_path):
+    source, file = classifier(tmp_path / "dense", "Bert"), tmp_path / "texts.jsonl"
+    file.write_text("\n".join(json.dumps({"text": "the cat", "label": label}) for label in labels))
+    with pytest.raises(UpcycleError, match=said):
+        labels_of(file, source)

@@ -727,6 +727,31 @@ def test_an_expert_is_taken_out(trainable, tmp_path):
         export(tmp_path / "run", tmp_path / "2", expert=0, with_optimizer=True)
 
 
+def test_an_expert_that_came_from_another_model_is_taken_out(trainable, tmp_path):
+    """So is the anchor beside it, and everything around them."""
+    source, donor = tmp_path / "dense", tmp_path / "donor"
+    for seed, folder in enumerate((source, donor)):
+        tiny.make_bytes_tokenizer(tiny.make_dense(folder, "llama", vocab_size=264, seed=seed))
+    run = table(
+        (source, trainable[1]),
+        tmp_path / "run",
+        moe={"num_experts": 2},
+        init={"name": "experts", "expert": [{}, {"source": str(donor)}]},
+        train={"steps": 1, "only": ["router"]},
+        checkpoint={"every": 0},
+    )
+    train(Run.of(run))
+    with Checkpoint.open(source) as base, Checkpoint.open(donor) as other:
+        for number, network in enumerate((base, other)):
+            export(tmp_path / "run", tmp_path / str(number), expert=number)
+            with Checkpoint.open(tmp_path / str(number)) as one:
+                assert one.tensors.keys() == base.tensors.keys()
+                for name, tensor in one.tensors.items():
+                    of = network if ".mlp." in name else base
+                    read = one.pread(tensor, 0, tensor.nbytes)
+                    assert (read == of.pread(of.tensors[name], 0, tensor.nbytes)).all(), name
+
+
 @pytest.mark.parametrize("moe", [{}, {"untie": True}], ids=["tied", "untied"])
 def test_a_head_is_taken_along_and_never_for_an_expert(moe, trainable, tmp_path):
     source = tiny.make_dense(tmp_path / "dense", "llama", vocab_size=264, tie_word_embeddings=True)

@@ -225,6 +225,8 @@ def test_the_command(named, tmp_path, capsys, monkeypatch):
         cli.main(["recipe", "config.yml", "--out", "recipe.toml"])
     assert end.value.code == 2
     assert "recipe.toml exists" in capsys.readouterr().err
+    cli.main(["recipe", "config.yml", "--out", "my recipes/new/a.toml"])
+    assert {path.name for path in Path("my recipes/new").iterdir()} == {"a.toml", "a_prompts.toml"}
     with pytest.raises(SystemExit):
         cli.main(["recipe", "nowhere.yml"])
     assert "no configuration at nowhere.yml" in capsys.readouterr().err

@@ -550,6 +550,8 @@ def test_resume_with_another_recipe(source, fails, tmp_path, monkeypatch, capsys
         "convert", source, tmp_path / "out", "--resume", "--shard-size", "30KB", keeps_partial=True
     )
     assert "begun with another shard size" in message
+    message = fails("convert", source, tmp_path / "out", "--resume", "--experts", "5", keeps_partial=True)
+    assert "begun with another recipe;" in message
 
 
 def test_two_runs_at_once(source, fails, tmp_path):

@@ -18,6 +18,7 @@ from upcycle.errors import UpcycleError
 
 JOURNAL = "journal.jsonl"
 _CHECK = "check"
+_FOLLOWS = {"shard size": "recipe"}  # what is another whenever something else is
 
 
 class Journal:
@@ -58,9 +59,11 @@ class Journal:
             )
         first = _without_times(lines[0])
         if first != begun:
-            different = ", ".join(k for k in begun if first.get(k) != begun[k]) or "version of upcycle"
+            different = {key for key in begun if first.get(key) != begun[key]}
+            named = [key for key in begun if key in different and _FOLLOWS.get(key) not in different]
+            other = ", ".join(named) or "version of upcycle"
             raise UpcycleError(
-                f"{self.folder} was begun with another {different}; resume with what it was begun with, or "
+                f"{self.folder} was begun with another {other}; resume with what it was begun with, or "
                 f"delete it"
             )
         self._file.truncate(length)

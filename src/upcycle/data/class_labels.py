@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+from upcycle.errors import UpcycleError
 
 
 def names_in(schema: Any, column: str) -> tuple[str, ...]:
@@ -16,3 +20,15 @@ def names_in(schema: Any, column: str) -> tuple[str, ...]:
         return tuple(map(str, feature["names"])) if feature["_type"] == "ClassLabel" else ()
     except (KeyError, TypeError, ValueError):
         return ()
+
+
+def common(named: Iterable[tuple[Path, tuple[str, ...]]]) -> tuple[str, ...]:
+    """Return the names that files of one data set store; empty if none does.
+
+    `named` has each file with its names. Raises `UpcycleError` if two files name other classes.
+    """
+    found = {names: path for path, names in named if names}
+    if len(found) > 1:
+        first, second = list(found.values())[:2]
+        raise UpcycleError(f"{first} and {second} name other classes; give files of one data set")
+    return next(iter(found), ())

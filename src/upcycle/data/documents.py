@@ -18,7 +18,9 @@ from upcycle.system import progress
 
 _PIECE = 1 << 20  # characters to read from a text file at once
 _LINE = 1 << 28  # maximum length of a line of JSON, in characters
-PLAIN = {".txt", ".text"}  # files of text without rows
+PLAIN = (".txt", ".text")  # files of text without rows
+WITH_ROWS = (".jsonl", ".jsonl.gz", ".parquet")  # files whose rows have fields
+_KNOWN = (*PLAIN, *WITH_ROWS)
 _ROWS = 256  # rows of a parquet file in memory at a time; rows may be of any length
 
 
@@ -55,19 +57,26 @@ def files(source: Source) -> list[Path]:
     if hub_name(source) is not None:
         return []
     path = Path(source.path)
+    if _saved_dataset(path):
+        return files_below(path)
+    return files_at(path, _KNOWN, "hf:owner/name")
+
+
+def files_at(path: Path, endings: Collection[str], *others: str) -> list[Path]:
+    """Return the file at `path`, or the files of a folder that have one of the endings, in order.
+
+    `others` is what the user may give instead, for the message. Raises `UpcycleError` if there are none.
+    """
     if path.is_dir():
-        if _saved_dataset(path):
-            return files_below(path)
-        found = [p for p in files_below(path) if kind(p) is not None]
+        found = [p for p in files_below(path) if kind(p) in endings]
         if not found:
-            raise UpcycleError(f"{path} holds no {', '.join(_READERS)} files")
+            raise UpcycleError(f"{path} holds no {', '.join(endings)} files")
         return found
+    allowed = ", ".join((*endings, "a folder", *others))
     if not path.is_file():
-        raise UpcycleError(f"no data at {path}")
-    if kind(path) is None:
-        raise UpcycleError(
-            f"{path} is of no known kind; allowed: {', '.join(_READERS)}, a folder, hf:owner/name"
-        )
+        raise UpcycleError(f"no data at {path}; allowed: {allowed}")
+    if kind(path) not in endings:
+        raise UpcycleError(f"{path} is of no known kind; allowed: {allowed}")
     return [path]
 
 
@@ -92,18 +101,18 @@ def documents(source: Source) -> Iterator[tuple[str, bool]]:
         progress.warn(_without_separator(source.path, source.separator))
 
 
-def say_left_out(source: Source) -> None:
-    """Say how many files of a folder are not read, because of their endings; hidden ones do not count."""
+def say_left_out(source: Source, endings: Collection[str] = _KNOWN) -> None:
+    """Say how many files of a folder have none of the endings and are not read; hidden ones do not count."""
     path = Path(source.path)
     if not path.is_dir() or is_dataset(source):
         return
     below = [each.relative_to(path) for each in files_below(path)]
-    left = [each for each in below if kind(each) is None and not any(p[0] == "." for p in each.parts)]
+    left = [each for each in below if kind(each) not in endings and not any(p[0] == "." for p in each.parts)]
     if left:
-        endings = sorted({each.suffix or "none" for each in left})
+        theirs = sorted({each.suffix or "none" for each in left})
         progress.say(
-            f"{path}: {len(left)} files are not read, because of their endings ({listed(endings)}); those "
-            f"with {', '.join(_READERS)} are"
+            f"{path}: {len(left)} files are not read, because of their endings ({listed(theirs)}); those "
+            f"with {', '.join(endings)} are"
         )
 
 
@@ -150,7 +159,7 @@ def _saved_dataset(path: Path) -> bool:
 
 def kind(path: Path) -> str | None:
     """Return the ending that says how a file is read, in small letters; None for a file of no known kind."""
-    return next((ending for ending in _READERS if path.name.lower().endswith(ending)), None)
+    return next((ending for ending in _KNOWN if path.name.lower().endswith(ending)), None)
 
 
 def _text(path: Path, source: Source) -> Iterator[tuple[str, bool]]:

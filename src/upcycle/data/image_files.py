@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from upcycle.data.class_labels import names_in
+from upcycle.data.class_labels import common, names_in
 from upcycle.data.folders import files_below
 from upcycle.errors import UpcycleError, listed
 
@@ -76,16 +76,12 @@ class ImageParquet:
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
-        found = {}
-        for path in self.files:
-            with _rows(path) as file:
-                self._check(path, file.schema_arrow)
-                if names := names_in(file.schema_arrow, self.label):
-                    found[names] = path
-        if len(found) > 1:
-            first, second = list(found.values())[:2]
-            raise UpcycleError(f"{first} and {second} name other classes; give files of one data set")
-        return next(iter(found), ())
+        return common((path, self._names(path)) for path in self.files)
+
+    def _names(self, path: Path) -> tuple[str, ...]:
+        with _rows(path) as file:
+            self._check(path, file.schema_arrow)
+            return names_in(file.schema_arrow, self.label)
 
     @cached_property
     def _counts(self) -> list[int]:

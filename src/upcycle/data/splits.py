@@ -55,7 +55,7 @@ def unread(source: Source, key: str = "data.sources {}") -> str | None:
             f"{key.format('separator')} = {shown(source.separator)} is for text files, and {path} has none, "
             f"so each row is a document; take separator out"
         )
-    if source.field != Source.field and kinds and kinds <= PLAIN:
+    if source.field != Source.field and kinds and kinds <= {*PLAIN}:
         return (
             f"{key.format('field')} = {source.field} is for JSON lines, parquet and datasets, and {path} is "
             f"text alone; take field out"

@@ -5,13 +5,23 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from upcycle.data.class_labels import names_in
-from upcycle.data.documents import json_lines, kind, opened_parquet, parquet_rows
+from upcycle.data.class_labels import common, names_in
+from upcycle.data.documents import (
+    WITH_ROWS,
+    Source,
+    files_at,
+    json_lines,
+    kind,
+    opened_parquet,
+    parquet_rows,
+    say_left_out,
+)
 from upcycle.data.examples import refuse_other_classes
 from upcycle.errors import UpcycleError, listed, shown
 
@@ -36,14 +46,16 @@ class TextSet:
     def open(
         cls, path: str | Path, tokenizer: Any, *, length: int, fields: tuple[str, ...], label_field: str
     ) -> TextSet:
-        """Open a JSON lines or parquet file; its texts are cut and padded to `length` tokens.
+        """Open JSON lines or parquet, a file or a folder; texts are cut and padded to `length` tokens.
 
         `fields` names one text or two. Labels are integers, or names, which are numbered in alphabetical
-        order. Integers have names if the parquet file stores some (a ClassLabel). Raises `UpcycleError` for
+        order. Integers have names if a parquet file stores some (a ClassLabel). Raises `UpcycleError` for
         data that cannot be used.
         """
-        texts, labels = [], []
-        for where, row in _rows(Path(path)):
+        files = files_at(Path(path), WITH_ROWS)
+        say_left_out(Source(path=str(path)), WITH_ROWS)
+        texts, labels, places = [], [], []
+        for where, row in chain.from_iterable(map(_rows, files)):
             for field in (*fields, label_field):
                 if field not in row:
                     raise UpcycleError(f"{where} has no {field!r}; it has {listed(sorted(row))}")
@@ -52,11 +64,18 @@ class TextSet:
                 raise UpcycleError(f"{where}: {', '.join(fields)} must be text")
             if not all(map(_is_unicode, given)):
                 raise UpcycleError(f"{where} holds half of a character (a lone surrogate); take it out")
+            if row[label_field] is None:
+                raise UpcycleError(
+                    f"{where} has no label: {label_field!r} is null; give it one, or take the row out"
+                )
             texts.append(given)
             labels.append(row[label_field])
+            places.append(where)
         if not texts:
             raise UpcycleError(f"{path} holds no examples")
-        numbers, names = _numbered(labels, str(path), _names(Path(path), label_field))
+        numbers, names = _numbered(
+            labels, places, common((file, _names(file, label_field)) for file in files)
+        )
         columns = [list(column) for column in zip(*texts, strict=True)]
         made = tokenizer(
             *columns, truncation=True, max_length=length, padding="max_length", return_token_type_ids=True
@@ -96,9 +115,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each example and its location, for messages."""
-    if not path.is_file():
-        raise UpcycleError(f"no data at {path}; give a JSON lines or parquet file")
+    """Yield each example of a file and its location, for messages."""
     if kind(path) == ".parquet":
         yield from ((f"{path}, row {i}", row) for i, row in enumerate(parquet_rows(path)))
         return
@@ -114,23 +131,26 @@ def _names(path: Path, label_field: str) -> tuple[str, ...]:
 
 
 def _numbered(
-    labels: list[Any], path: str, of_numbers: tuple[str, ...]
+    labels: list[Any], places: list[str], of_numbers: tuple[str, ...]
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Return the labels as numbers, and the class names if there are any.
 
-    `of_numbers` has the names of numbered classes, if the data stores some.
+    `places` says where each label is, for messages. `of_numbers` has the names of numbered classes, if the
+    data stores some.
     """
     if all(type(label) is bool for label in labels):
         return np.array(labels, np.int64), ("false", "true")
     most = len(of_numbers) or MOST_CLASSES
-    if all(type(label) is int and 0 <= label < most for label in labels):
+    named = [isinstance(label, str) for label in labels]
+    numbered = [type(label) is int and 0 <= label < most for label in labels]
+    if all(numbered):
         return np.array(labels, np.int64), of_numbers
-    if all(isinstance(label, str) for label in labels):
+    if all(named):
         names = sorted(set(labels))
         return np.array([names.index(label) for label in labels], np.int64), tuple(names)
-    odd = next((x for x in labels if type(x) is not int or not 0 <= x < most), labels[0])
+    odd = (named if 2 * sum(named) > len(named) else numbered).index(False)
     why = f" (it names {most} classes)" if of_numbers else ""
     raise UpcycleError(
-        f"{path}: label {shown(odd)}; labels must all be whole numbers of 0 to {most - 1:,}{why}, or all "
-        f"names"
+        f"{places[odd]}: label {shown(labels[odd])}; labels must all be whole numbers of 0 to "
+        f"{most - 1:,}{why}, or all names"
     )

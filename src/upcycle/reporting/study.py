@@ -107,8 +107,10 @@ def study(folders: Sequence[str | Path], given: DenseCost) -> Study:
                 runs.append(read_run(path, name))
             elif is_checkpoint(path):
                 checkpoints.append(read_checkpoint(path, name))
-            elif not path.is_dir():
+            elif not path.exists():
                 raise UpcycleError("there is no such folder")
+            elif not path.is_dir():
+                raise UpcycleError("it is a file; give the folder of a run or of a checkpoint")
             else:
                 raise UpcycleError(
                     f"it has neither {RunRecord.FILE}, as a run of `upcycle train`, nor config.json, as a "

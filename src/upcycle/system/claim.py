@@ -26,7 +26,7 @@ def resolved(path: Path) -> Path:
 
 
 def may_create(path: Path) -> None:
-    """Raise an error for a path that exists or cannot be created."""
+    """Raise an error for a path that exists or cannot be created, because of permissions for example."""
     if path.is_symlink():
         resolved(path)
         if not path.exists():
@@ -38,6 +38,9 @@ def may_create(path: Path) -> None:
     if not path.name:
         raise UpcycleError(f"{str(path)!r} names no file or folder to make; give another path")
     refuse_below_a_file(path)
+    home = next(parent for parent in resolved(path).parents if parent.exists())
+    if not os.access(home, os.W_OK):
+        raise UpcycleError(f"{home} cannot be written to; check its permissions")
 
 
 def may_replace(path: Path, ours: Callable[[Path], bool], what: str) -> None:

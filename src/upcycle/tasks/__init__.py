@@ -58,8 +58,9 @@ class Task(Named, abc.ABC):
 
     summary: ClassVar[str]
     heads: ClassVar[tuple[str, ...]]  # name endings of the model classes for this task
-    # classes of a new head, as names or as a number; 0: keep the checkpoint's head
+    # classes of a head that replaces a classifier's, as names or as a number; 0: keep the checkpoint's head
     classes: Annotated[int, AtLeast(0)] | tuple[str, ...] = 0
+    auto: ClassVar[str | None] = None  # transformers' class that gives any body a new head for this task
     bodies: ClassVar[tuple[str, ...]] = ()  # name endings of classes without a head that read its rows
     reads: ClassVar[Literal["text", "images", "chats"]] = "text"  # the option of `eval` that gives its data
     cache_name: ClassVar[str] = "tokens"  # name of the folder of prepared files in a run's folder
@@ -84,6 +85,16 @@ class Task(Named, abc.ABC):
     def own_test(self) -> str | None:
         """The set that the model is scored on, if the task has the key `test` and it is set."""
         return getattr(self, "test", None)
+
+    @property
+    def remedy(self) -> str:
+        """What a user can do about a source without a head for this task."""
+        if self.auto is None:
+            return "give another source"
+        return (
+            f"open it with transformers.{self.auto}.from_pretrained(SOURCE, num_labels=N), save it (and its "
+            f"tokenizer), and give that folder as the source"
+        )
 
     def notes(self) -> list[str]:
         """Return notes for the user about a run of this task, one sentence each."""
@@ -206,7 +217,7 @@ def fitting(task: Task | None, architecture: str) -> Task:
     if task is not None and not architecture.endswith(task.heads):
         raise UpcycleError(
             f"task.name = {task.name} is for models that end in {' or '.join(task.heads)}, and the source is "
-            f"a {architecture}; take [task] out, or give another source"
+            f"a {architecture}; take [task] out, or {task.remedy}"
         )
     return task or of(architecture)
 

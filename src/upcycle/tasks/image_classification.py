@@ -37,6 +37,7 @@ class ImageClassification(Task):
     cache_name = "images"
     summary = "the class of an image"
     heads = ("ForImageClassification", "ForImageClassificationWithTeacher")
+    auto = "AutoModelForImageClassification"
 
     test: str | None = None  # the set to score on; none: data.held_out of the images
     image_field: str = "image"  # column of the images in parquet

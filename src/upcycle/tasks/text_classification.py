@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TextClassification(Task):
-    """Texts from one JSON lines or parquet source, cut and padded to `train.sequence_length` tokens.
+    """Texts from one source of JSON lines or parquet, cut and padded to `train.sequence_length` tokens.
 
     `fields` names one column of text, or the two of a pair. The model is scored on the set `test`; without
     it, on the share `data.held_out` of the texts.
@@ -33,6 +33,7 @@ class TextClassification(Task):
     unit = "text"
     summary = "the class of a text or a pair of texts"
     heads = ("ForSequenceClassification",)
+    auto = "AutoModelForSequenceClassification"
 
     test: str | None = None  # the set to score on; none: data.held_out of the texts
     fields: tuple[str, ...] = ("text",)  # one column of text, or the two of a pair

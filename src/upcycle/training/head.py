@@ -10,22 +10,22 @@ from upcycle.errors import UpcycleError
 from upcycle.families import Config, Weights
 from upcycle.families._training import Trained, trained
 from upcycle.families._weights import Constant, Normal
+from upcycle.tasks import Task
 from upcycle.tensors import rng
 from upcycle.tensors.computed import Drawn, Fill
 from upcycle.tensors.entries import Entry
 from upcycle.tensors.lazy import Lazy
 
-Classes = int | tuple[str, ...]
-
 
 def renewed(
-    dense: Dense, config: Mapping[str, Any], entries: Mapping[str, Entry], classes: Classes, seed: int
+    dense: Dense, config: Mapping[str, Any], entries: Mapping[str, Entry], task: Task, seed: int
 ) -> tuple[dict[str, Any], dict[str, Entry]]:
-    """Return config.json and tensors with a new head for `classes` (names, or a number).
+    """Return config.json and tensors with a new head for `task.classes`.
 
     As in transformers, matrices start as N(0, deviation^2) and biases as 0. Raises `UpcycleError` if the
     model has no classification head, or one that its family does not describe.
     """
+    classes = task.classes
     names = classes if isinstance(classes, tuple) else tuple(f"LABEL_{i}" for i in range(classes))
     labels = {str(i): name for i, name in enumerate(names)}
     family = trained(dense.family, "task.classes")
@@ -40,7 +40,10 @@ def renewed(
             f"{dense.architecture} are of its classes; take it out, and give data of the classes that it has"
         )
     if not head:
-        raise UpcycleError(f"task.classes is for a head of classes; a {dense.architecture} has none")
+        raise UpcycleError(
+            f"task.classes replaces a head of classes, and a {dense.architecture} has none; take it out, or "
+            f"{task.remedy}"
+        )
     out = dict(entries)
     for name in head:
         begins = family.initial(dense.config, name, weights[name])

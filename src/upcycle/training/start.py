@@ -140,7 +140,7 @@ def start_of(run: Run, opener: Opener = open_checkpoint) -> Start:
     if run.from_scratch:
         entries = _from_scratch(dense, built, entries, run.seed)
     if run.task is not None and run.task.classes:
-        config, entries = renewed(dense, config, entries, run.task.classes, run.seed)
+        config, entries = renewed(dense, config, entries, run.task, run.seed)
     return Start(
         dense=dense,
         built=built,

@@ -8,20 +8,23 @@ from typing import TYPE_CHECKING
 
 from upcycle.cli.screen import err, out
 from upcycle.errors import UpcycleError
+from upcycle.system import claim, whole_file
 
 if TYPE_CHECKING:
     from upcycle.translation.mergekit_moe import Translation
 
 
 def write_translated(made: Translation, recipe: Path) -> list[Path]:
-    """Write the recipe to a file, and the prompts beside it, and return the files. None is replaced."""
+    """Write the recipe to a file, and the prompts beside it, and return the files.
+
+    Their folder is made, and no file is replaced.
+    """
     prompts = _prompts(recipe)
     files = {recipe: made.recipe_text(str(recipe), str(prompts))}
     if made.prompts:
         files[prompts] = made.prompts_text
     for file in files:
-        if file.exists():
-            raise UpcycleError(f"{file} exists; give another name, or move it away")
+        claim.may_create(file)
     for file, text in files.items():
         _write(file, text)
     return [*files]
@@ -48,6 +51,6 @@ def _prompts(recipe: Path) -> Path:
 
 def _write(file: Path, text: str) -> None:
     try:
-        file.write_text(text, encoding="utf-8")
+        whole_file.write_text(file, text)
     except OSError as error:
         raise UpcycleError(f"{file} cannot be written: {error.strerror}") from None

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
-from upcycle.blueprints.blueprint import with_cache
+from upcycle.blueprints.blueprint import Blueprint, with_cache
+from upcycle.blueprints.making import blueprint
+from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError
+from upcycle.init.copy import Copy
 from upcycle.system import whole_file
+from upcycle.tensors.entries import Entry
+from upcycle.tensors.lazy import Lazy
 from upcycle.training.exports import Format, Trained
 from upcycle.training.exports._about import dense_provenance_of
 from upcycle.training.exports._beside import lay
@@ -75,10 +81,11 @@ def _names(begun: Start, number: int) -> Mapping[str, str]:
     count = min(site.num_experts for site in built.sites)
     if number >= count:
         raise UpcycleError(f"--expert {number}, and the experts of a layer have the numbers 0 to {count - 1}")
-    dense = {id(lazy): name for name, lazy in begun.dense.stored.items()}
+    stored, entries = _with_copies(begun.dense, built, begun.entries)
+    dense = {id(lazy): name for name, lazy in stored.items()}
     head = _untied(begun)
     places: dict[str, list[str]] = {}
-    for name, entry in begun.entries.items():
+    for name, entry in entries.items():
         if name == head:
             places[name] = [name]
         elif (own := dense.get(id(entry.lazy))) is not None:
@@ -86,7 +93,8 @@ def _names(begun: Start, number: int) -> Mapping[str, str]:
         elif entry.shape[0] not in built.expert_counts:  # those of routers count experts
             raise UpcycleError(
                 f"--expert: {name} of this model is no tensor of the dense one and would be lost; begin "
-                f"with init.name = copy and a target without shared experts"
+                f"with init.name = copy or with experts of other models (init.name = experts, "
+                f"branch_train_mix), and with a target without shared experts"
             )
     experts = _experts(begun)
     lost = [own for own in begun.dense.stored if len(places.get(own, ())) not in (1, experts.get(own, 1))]
@@ -97,6 +105,22 @@ def _names(begun: Start, number: int) -> Mapping[str, str]:
         )
     return {
         own: sorted(found, key=_naturally)[number if len(found) > 1 else 0] for own, found in places.items()
+    }
+
+
+def _with_copies(
+    dense: Dense, built: Blueprint, entries: Mapping[str, Entry]
+) -> tuple[Mapping[str, Lazy], Mapping[str, Entry]]:
+    """Return the dense model's tensors, and the MoE's as if all its experts were copies of one network.
+
+    Experts of donors have the names and shapes that such copies have.
+    """
+    if not built.donors:
+        return dense.stored, entries
+    alike = blueprint(dense.checkpoint, replace(built.recipe, init=Copy()))
+    return alike.dense.stored, {
+        name: alike.entries[name] if entry is built.entries[name] else entry
+        for name, entry in entries.items()
     }
 
 
