@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import gzip
 import json
 import math
@@ -11,10 +12,12 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +26,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from heard import Counted
-from upcycle.data import corpus, documents, leaks, splits
+from upcycle.data import corpus, documents, folders, leaks, splits
 from upcycle.data import pieces as cut
 from upcycle.data.batches import Batches
 from upcycle.data.corpus import Data, Source, Tokens, prepare
@@ -247,6 +250,32 @@ def test_what_a_stage_is_scored_on_no_earlier_one_trains_on(
     assert leaks.later([tables[0]] * 2) is None
 
 
+@pytest.mark.parametrize("name", ["", "secret", "link.txt"])
+def test_what_may_not_be_read_in_a_folder_is_named(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder, a folder in it, and a link to where this user may not go."""
+    real, secret = os.scandir, str(tmp_path / name)
+    (tmp_path / "secret").mkdir()
+    for file in ("a.txt", "link.txt", "z.txt"):
+        (tmp_path / file).touch()
+
+    def forbidden() -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    @contextmanager
+    def listed(folder: str) -> Iterator[list[Any]]:
+        if folder == secret:
+            forbidden()
+        odd = SimpleNamespace(path=secret, is_file=forbidden, is_symlink=lambda: True)
+        with real(folder) as entries:
+            yield [odd if name.endswith(".txt") and entry.name == name else entry for entry in entries]
+
+    monkeypatch.setattr(folders.os, "scandir", listed)
+    with pytest.raises(UpcycleError, match=f"^{re.escape(secret)} cannot be read: Permission denied; let"):
+        documents.files(Source(path=str(tmp_path)))
+
+
 def test_a_folder_loses_no_file_without_a_word(
     tmp_path: Path, tokenised: Any, bytes_folder: Path, caplog: Any
 ) -> None:
@@ -260,7 +289,8 @@ def test_a_folder_loses_no_file_without_a_word(
     (away / "deep" / "2.TXT").write_text("two")
     (away / "deep" / "around").symlink_to(mix)
     (mix / "d.JSONL").write_text('{"text": "three"}')
-    (mix / "e.txt").symlink_to(tmp_path / "nowhere")
+    for name, target in {"e.txt": "nowhere", "loop": "loop", "z.txt": "d.JSONL/x"}.items():
+        (mix / name).symlink_to(target)
     for name in ("README.md", "f.csv", "g.csv", "h.jsonl.zst", "LICENSE", ".hidden", ".git/config.md"):
         (mix / name).parent.mkdir(exist_ok=True)
         (mix / name).touch()

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import heapq
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from upcycle.errors import UpcycleError
+
+_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # what the system says of a link that leads nowhere
 
 
 def files_below(folder: Path) -> list[Path]:
     """Return all files in a folder and in the folders within it, sorted.
 
     Links to folders are followed. A folder that can be reached by several ways is entered once, so that a
-    link to a folder around it does no harm; the way without links comes first. A folder that may not be
-    listed counts as empty.
+    link to a folder around it does no harm; the way without links comes first. A link that leads nowhere is
+    no file. Raises `UpcycleError` for a folder or a link that this user may not read.
     """
     found: list[Path] = []
     entered: set[str] = set()
@@ -22,15 +29,36 @@ def files_below(folder: Path) -> list[Path]:
         if (place := os.path.realpath(here)) in entered:
             continue
         entered.add(place)
-        try:
-            with os.scandir(here) as entries:
-                for entry in entries:
-                    if entry.is_file():
+        with _readable(here), os.scandir(here) as entries:
+            for entry in entries:
+                match _kind(entry), entry.is_symlink():
+                    case "file", _:
                         found.append(Path(entry.path))
-                    elif entry.is_dir() and entry.is_symlink():
+                    case "folder", True:
                         heapq.heappush(linked, entry.path)
-                    elif entry.is_dir():
+                    case "folder", False:
                         plain.append(entry.path)
-        except PermissionError:
-            continue
     return sorted(found)
+
+
+def _kind(entry: os.DirEntry[str]) -> str | None:
+    """Return whether an entry is a file or a folder, behind all links; None if it is neither."""
+    with _readable(entry.path):
+        try:
+            return "file" if entry.is_file() else "folder" if entry.is_dir() else None
+        except OSError as error:
+            if error.errno not in _NOWHERE:
+                raise
+    return None
+
+
+@contextmanager
+def _readable(path: str) -> Iterator[None]:
+    """Raise `UpcycleError` if the system refuses to read what is at `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UpcycleError(
+            f"{path} cannot be read: {error.strerror}; let this user read it, or name the other files and "
+            f"folders there one by one"
+        ) from None
