@@ -182,9 +182,9 @@ def test_keys_of_a_source_that_do_nothing(
 @pytest.fixture
 def mixture(tmp_path: Path) -> Path:
     """A folder of two texts and a table, with ways to the same files besides."""
-    (tmp_path / "mix").mkdir()
-    for name in ("a.txt", "b.txt", "rows.jsonl", "notes.md"):
-        (tmp_path / "mix" / name).touch()
+    for name in ("mix/a.txt", "mix/b.txt", "mix/rows.jsonl", "mix/notes.md", "texts/a.jsonl", "texts/b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
     (tmp_path / "c.txt").touch()
     (tmp_path / "same").symlink_to("mix")
     (tmp_path / "other").mkdir()
@@ -203,6 +203,7 @@ def mixture(tmp_path: Path) -> Path:
         ({"path": "around"}, {"path": "mix/b.txt"}, "b.txt"),
         ({"path": "mix"}, {"path": "mix", "separator": "#"}, "a.txt"),
         ({"path": "mix"}, {"path": "mix/a.txt", "field": "body"}, "a.txt"),
+        ({"path": "texts"}, {"path": "texts", "field": "body"}, "b.txt"),
         # The same rows in the same order: these hold out the same.
         ({"path": "mix"}, {"path": "mix", "weight": 2.0}, None),
         ({"path": "mix"}, {"path": "same"}, None),
@@ -237,6 +238,8 @@ def test_what_a_source_holds_out_no_other_trains_on(
         ({"held_out": 0.3}, {"held_out": 0.05}, False),
         ({"held_out": 0.3}, {}, False),
         ({"held_out": 0.05}, {"held_out": 0.3, "path": "c.txt"}, False),
+        ({"path": "mix/rows.jsonl"}, {"path": "mix/rows.jsonl", "field": "body", "held_out": 0.3}, False),
+        ({"path": "texts"}, {"path": "texts", "field": "body", "held_out": 0.3}, True),
     ],
 )
 def test_what_a_stage_is_scored_on_no_earlier_one_trains_on(
@@ -244,8 +247,9 @@ def test_what_a_stage_is_scored_on_no_earlier_one_trains_on(
 ) -> None:
     tables = []
     for table in (before, after):
-        options = {"path": "mix"} | table
-        tables.append(Data(sources=(Source(path=str(mixture / options.pop("path"))),), **options))
+        options = {"path": "mix", "field": "text"} | table
+        source = Source(path=str(mixture / options.pop("path")), field=options.pop("field"))
+        tables.append(Data(sources=(source,), **options))
     assert ("which it holds out, and an earlier stage trains on" in str(leaks.later(tables))) == said
     assert leaks.later([tables[0]] * 2) is None
 
