@@ -134,7 +134,7 @@ class Examples:
         chosen, wanted = [], rows
         while wanted:
             epoch, place = divmod(self._reading.consumed, len(self._trained))
-            order = rng.permutation(rng.key(self._seed, "examples", epoch), len(self._trained))
+            order = self._reading.order(rng.key(self._seed, "examples", epoch), len(self._trained))
             chosen.append(order[place : place + wanted])
             self._reading.consumed += len(chosen[-1])
             wanted -= len(chosen[-1])
