@@ -978,6 +978,19 @@ def test_the_same_number_of_other_tokens(tmp_path: Path, tokenised: Any) -> None
             made[1].restore(broken)
 
 
+def test_more_files_of_a_folder_that_count_now(tmp_path: Path, tokenised: Any) -> None:
+    """A run may have begun when links to folders and endings in capital letters did not count."""
+    states, made = [], []
+    for name in ("a.txt", "b.TXT"):
+        (tmp_path / "mix").mkdir(exist_ok=True)
+        (tmp_path / "mix" / name).write_text("abcd" * 20)
+        made.append(Batches([tokenised(tmp_path / "mix")], [1.0], length=4, held_out=0.0, seed=0))
+        states.append(made[-1].state())
+    said = r"mix has 1\d\d tokens and had 8\d .*\(if links to folders and endings in capital letters did not"
+    with pytest.raises(UpcycleError, match=said):
+        made[1].restore(states[0])
+
+
 # --- a few bytes that stand for many
 
 

@@ -6,6 +6,12 @@ import json
 from typing import Any
 
 
+class NamesOfNumbers(tuple[str, ...]):
+    """Names of classes that the data stores as numbers, in the order of the numbers."""
+
+    __slots__ = ()
+
+
 def names_in(schema: Any, column: str) -> tuple[str, ...]:
     """Return the names of the classes of a column in the order of their numbers; empty if there are none.
 
@@ -13,6 +19,6 @@ def names_in(schema: Any, column: str) -> tuple[str, ...]:
     """
     try:
         feature = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]
-        return tuple(map(str, feature["names"])) if feature["_type"] == "ClassLabel" else ()
+        return NamesOfNumbers(map(str, feature["names"])) if feature["_type"] == "ClassLabel" else ()
     except (KeyError, TypeError, ValueError):
         return ()

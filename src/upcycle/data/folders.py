@@ -41,6 +41,20 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(found)
 
 
+def put_back(path: str) -> str:
+    """Return what to do about data of which a run that goes on had more or less, as a part of a sentence.
+
+    Older versions did not follow links to folders, nor read files whose endings have capital letters.
+    """
+    said = "put the data back as it was"
+    if not Path(path).is_dir():
+        return said
+    return (
+        f"{said} (if links to folders and endings in capital letters did not count when the run began, take "
+        f"these files out)"
+    )
+
+
 def _kind(entry: os.DirEntry[str]) -> str | None:
     """Return whether an entry is a file or a folder, behind all links; None if it is neither."""
     with _readable(entry.path):
