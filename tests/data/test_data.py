@@ -226,6 +226,22 @@ def test_what_a_source_holds_out_no_other_trains_on(
     assert leaks.within(replace(data, held_out=0.0)) is None
 
 
+def test_a_folder_is_compared_without_asking_for_each_file(
+    mixture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system says where a folder lies, and where a link leads."""
+    for number in range(50):
+        (mixture / "mix" / f"{number}.png").touch()
+    wanted, asked, real = (mixture / "mix" / "b.txt").resolve(), list[str](), os.path.realpath
+    monkeypatch.setattr(
+        os.path, "realpath", lambda path, **keys: asked.append(str(path)) or real(path, **keys)
+    )
+    sources = [Source(path=str(mixture / name)) for name in ("mix", "other")]
+    assert leaks.shared(*sources) == wanted
+    other = mixture / "other"
+    assert {*asked} <= {*map(str, (mixture / "mix", other, other / "z.txt", other / "notes.md"))}
+
+
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [

@@ -11,6 +11,7 @@ import tomllib
 import weakref
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -556,6 +557,16 @@ def test_a_stage_is_not_scored_on_what_an_earlier_one_trained_on(trainable, tmp_
     train(Run.of(run), resume=True)
     assert [line.step for line in read(tmp_path / "run")] == [1, 2]
     assert re.search(said, caplog.text)
+
+
+def test_one_rank_looks_for_rows_that_are_trained_on(trainable, tmp_path, monkeypatch):
+    """To compare folders takes long; the others are told."""
+    monkeypatch.setattr(leaks, "later", lambda *_: pytest.fail("another rank looks as well"))
+    run = Run.of(table(trainable, tmp_path / "run", train={"steps": 1}))
+    begun, other = start.start_of(run), SimpleNamespace(first=False, share=lambda _: ["it is trained on"])
+    task = beginning.admitted(run, begun)
+    with pytest.raises(UpcycleError, match="it is trained on"):
+        beginning._warn(run, run, begun, task, other, begins=True)
 
 
 @pytest.mark.parametrize("eval_every", [0, 1])

@@ -7,6 +7,7 @@ import heapq
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 
 from upcycle.errors import UpcycleError
@@ -21,7 +22,26 @@ def files_below(folder: Path) -> list[Path]:
     link to a folder around it does no harm; the way without links comes first. A link that leads nowhere is
     no file. Raises `UpcycleError` for a folder or a link that this user may not read.
     """
-    found: list[Path] = []
+    return sorted(Path(entry.path) for entry, _ in _walked(folder))
+
+
+def behind_links(folder: Path) -> list[tuple[Path, Path]]:
+    """Return what `files_below` does, and with each file where it lies behind all links.
+
+    It asks the system once for a folder and once for a link, but not for a file.
+    """
+    found = (
+        (
+            Path(entry.path),
+            Path(os.path.realpath(entry.path) if entry.is_symlink() else f"{place}/{entry.name}"),
+        )
+        for entry, place in _walked(folder)
+    )
+    return sorted(found, key=itemgetter(0))
+
+
+def _walked(folder: Path) -> Iterator[tuple[os.DirEntry[str], str]]:
+    """Yield each file below a folder, and where the folder that holds it lies behind all links."""
     entered: set[str] = set()
     plain, linked = [str(folder)], list[str]()
     while plain or linked:
@@ -30,15 +50,15 @@ def files_below(folder: Path) -> list[Path]:
             continue
         entered.add(place)
         with _readable(here), os.scandir(here) as entries:
-            for entry in entries:
-                match _kind(entry), entry.is_symlink():
-                    case "file", _:
-                        found.append(Path(entry.path))
-                    case "folder", True:
-                        heapq.heappush(linked, entry.path)
-                    case "folder", False:
-                        plain.append(entry.path)
-    return sorted(found)
+            there = list(entries)
+        for entry in there:
+            match _kind(entry), entry.is_symlink():
+                case "file", _:
+                    yield entry, place
+                case "folder", True:
+                    heapq.heappush(linked, entry.path)
+                case "folder", False:
+                    plain.append(entry.path)
 
 
 def put_back(path: str) -> str:

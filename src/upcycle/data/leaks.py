@@ -13,7 +13,7 @@ from pathlib import Path
 
 from upcycle.data.corpus import Data
 from upcycle.data.documents import PLAIN, Source, hub_name, is_dataset, kind, saved_splits
-from upcycle.data.folders import files_below
+from upcycle.data.folders import behind_links
 from upcycle.data.image_files import ENDINGS
 
 
@@ -86,8 +86,8 @@ def _files(source: Source) -> tuple[Path, ...]:
         return (path.resolve(),)
     whole = is_dataset(source)
     return tuple(
-        file.resolve()
-        for file in files_below(path)
+        place
+        for file, place in behind_links(path)
         if whole or kind(file) is not None or file.suffix.lower() in ENDINGS
     )
 

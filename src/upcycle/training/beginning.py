@@ -144,15 +144,20 @@ def _warn(run: Run, asked: Run, begun: Start, task: Task, here: Ranks, *, begins
     A run that has already trained so only gets a warning (`first_refusals`, `Task.objection`). `asked` is the
     run as the user wrote it.
     """
-    data = dict.fromkeys(leg.run.data for leg in Course(run).legs)
-    idle = dict.fromkeys(task.idle_split(leg.run.data) for leg in Course(asked).legs)
-    wrong = [*first_refusals(run, begun, task, asked), *filter(None, [*map(task.objection, data), *idle])]
+    wrong = here.share(_wrong(run, asked, begun, task) if here.first else None)  # this may list large folders
     if wrong and begins:
         raise UpcycleError(wrong[0])
     if here.first:
         found = fit.warnings(run, begun.built) if begins else []
         for sentence in [*found, *wrong]:
             progress.warn(sentence)
+
+
+def _wrong(run: Run, asked: Run, begun: Start, task: Task) -> list[str]:
+    """Return the reasons to refuse a run that begins, see `_warn`."""
+    data = dict.fromkeys(leg.run.data for leg in Course(run).legs)
+    idle = dict.fromkeys(task.idle_split(leg.run.data) for leg in Course(asked).legs)
+    return [*first_refusals(run, begun, task, asked), *filter(None, [*map(task.objection, data), *idle])]
 
 
 def _say_changed_layout(before: RunState, here: Ranks) -> None:
