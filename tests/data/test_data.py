@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import gzip
 import json
 import math
@@ -11,10 +12,12 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +26,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from heard import Counted
-from upcycle.data import corpus, documents, leaks, splits
+from upcycle.data import corpus, documents, folders, leaks, splits
 from upcycle.data import pieces as cut
 from upcycle.data.batches import Batches
 from upcycle.data.corpus import Data, Source, Tokens, prepare
@@ -179,9 +182,9 @@ def test_keys_of_a_source_that_do_nothing(
 @pytest.fixture
 def mixture(tmp_path: Path) -> Path:
     """A folder of two texts and a table, with ways to the same files besides."""
-    (tmp_path / "mix").mkdir()
-    for name in ("a.txt", "b.txt", "rows.jsonl", "notes.md"):
-        (tmp_path / "mix" / name).touch()
+    for name in ("mix/a.txt", "mix/b.txt", "mix/rows.jsonl", "mix/notes.md", "texts/a.jsonl", "texts/b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
     (tmp_path / "c.txt").touch()
     (tmp_path / "same").symlink_to("mix")
     (tmp_path / "other").mkdir()
@@ -200,6 +203,7 @@ def mixture(tmp_path: Path) -> Path:
         ({"path": "around"}, {"path": "mix/b.txt"}, "b.txt"),
         ({"path": "mix"}, {"path": "mix", "separator": "#"}, "a.txt"),
         ({"path": "mix"}, {"path": "mix/a.txt", "field": "body"}, "a.txt"),
+        ({"path": "texts"}, {"path": "texts", "field": "body"}, "b.txt"),
         # The same rows in the same order: these hold out the same.
         ({"path": "mix"}, {"path": "mix", "weight": 2.0}, None),
         ({"path": "mix"}, {"path": "same"}, None),
@@ -222,6 +226,22 @@ def test_what_a_source_holds_out_no_other_trains_on(
     assert leaks.within(replace(data, held_out=0.0)) is None
 
 
+def test_a_folder_is_compared_without_asking_for_each_file(
+    mixture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system says where a folder lies, and where a link leads."""
+    for number in range(50):
+        (mixture / "mix" / f"{number}.png").touch()
+    wanted, asked, real = (mixture / "mix" / "b.txt").resolve(), list[str](), os.path.realpath
+    monkeypatch.setattr(
+        os.path, "realpath", lambda path, **keys: asked.append(str(path)) or real(path, **keys)
+    )
+    sources = [Source(path=str(mixture / name)) for name in ("mix", "other")]
+    assert leaks.shared(*sources) == wanted
+    other = mixture / "other"
+    assert {*asked} <= {*map(str, (mixture / "mix", other, other / "z.txt", other / "notes.md"))}
+
+
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
@@ -234,6 +254,8 @@ def test_what_a_source_holds_out_no_other_trains_on(
         ({"held_out": 0.3}, {"held_out": 0.05}, False),
         ({"held_out": 0.3}, {}, False),
         ({"held_out": 0.05}, {"held_out": 0.3, "path": "c.txt"}, False),
+        ({"path": "mix/rows.jsonl"}, {"path": "mix/rows.jsonl", "field": "body", "held_out": 0.3}, False),
+        ({"path": "texts"}, {"path": "texts", "field": "body", "held_out": 0.3}, True),
     ],
 )
 def test_what_a_stage_is_scored_on_no_earlier_one_trains_on(
@@ -241,10 +263,37 @@ def test_what_a_stage_is_scored_on_no_earlier_one_trains_on(
 ) -> None:
     tables = []
     for table in (before, after):
-        options = {"path": "mix"} | table
-        tables.append(Data(sources=(Source(path=str(mixture / options.pop("path"))),), **options))
+        options = {"path": "mix", "field": "text"} | table
+        source = Source(path=str(mixture / options.pop("path")), field=options.pop("field"))
+        tables.append(Data(sources=(source,), **options))
     assert ("which it holds out, and an earlier stage trains on" in str(leaks.later(tables))) == said
     assert leaks.later([tables[0]] * 2) is None
+
+
+@pytest.mark.parametrize("name", ["", "secret", "link.txt"])
+def test_what_may_not_be_read_in_a_folder_is_named(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder, a folder in it, and a link to where this user may not go."""
+    real, secret = os.scandir, str(tmp_path / name)
+    (tmp_path / "secret").mkdir()
+    for file in ("a.txt", "link.txt", "z.txt"):
+        (tmp_path / file).touch()
+
+    def forbidden() -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    @contextmanager
+    def listed(folder: str) -> Iterator[list[Any]]:
+        if folder == secret:
+            forbidden()
+        odd = SimpleNamespace(path=secret, is_file=forbidden, is_symlink=lambda: True)
+        with real(folder) as entries:
+            yield [odd if name.endswith(".txt") and entry.name == name else entry for entry in entries]
+
+    monkeypatch.setattr(folders.os, "scandir", listed)
+    with pytest.raises(UpcycleError, match=f"^{re.escape(secret)} cannot be read: Permission denied; let"):
+        documents.files(Source(path=str(tmp_path)))
 
 
 def test_a_folder_loses_no_file_without_a_word(
@@ -260,7 +309,8 @@ def test_a_folder_loses_no_file_without_a_word(
     (away / "deep" / "2.TXT").write_text("two")
     (away / "deep" / "around").symlink_to(mix)
     (mix / "d.JSONL").write_text('{"text": "three"}')
-    (mix / "e.txt").symlink_to(tmp_path / "nowhere")
+    for name, target in {"e.txt": "nowhere", "loop": "loop", "z.txt": "d.JSONL/x"}.items():
+        (mix / name).symlink_to(target)
     for name in ("README.md", "f.csv", "g.csv", "h.jsonl.zst", "LICENSE", ".hidden", ".git/config.md"):
         (mix / name).parent.mkdir(exist_ok=True)
         (mix / name).touch()
@@ -942,6 +992,19 @@ def test_the_same_number_of_other_tokens(tmp_path: Path, tokenised: Any) -> None
     for broken in ({}, {**old, "tokens": 5}, {**old, "sample": "x"}, {**old, "consumed": []}):
         with pytest.raises(UpcycleError, match="place in the data is damaged"):
             made[1].restore(broken)
+
+
+def test_more_files_of_a_folder_that_count_now(tmp_path: Path, tokenised: Any) -> None:
+    """A run may have begun when links to folders and endings in capital letters did not count."""
+    states, made = [], []
+    for name in ("a.txt", "b.TXT"):
+        (tmp_path / "mix").mkdir(exist_ok=True)
+        (tmp_path / "mix" / name).write_text("abcd" * 20)
+        made.append(Batches([tokenised(tmp_path / "mix")], [1.0], length=4, held_out=0.0, seed=0))
+        states.append(made[-1].state())
+    said = r"mix has 1\d\d tokens and had 8\d .*\(if links to folders and endings in capital letters did not"
+    with pytest.raises(UpcycleError, match=said):
+        made[1].restore(states[0])
 
 
 # --- a few bytes that stand for many

@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import io
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from upcycle.data.examples import Examples
 from upcycle.data.images import ImageSet
 from upcycle.data.readings import Reading
 from upcycle.errors import UpcycleError
+from upcycle.tensors import rng
 
 Open = Callable[..., ImageSet]
 
@@ -464,6 +466,14 @@ def batches(
     n: int = 20, share: float = 0.0, seed: int = 0, held_out: ImageSet | None = None, split_seed: int = 0
 ) -> Examples:
     return Examples(numbered(n), held_out, held_out_share=share, seed=seed, split_seed=split_seed)
+
+
+def test_examples_are_sorted_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, asked, real = batches(20), list[Any](), rng.permutation
+    monkeypatch.setattr(rng, "permutation", lambda key, n: asked.append(key) or real(key, n))
+    for _ in range(9):
+        made.next(5)
+    assert len(asked) == math.ceil(made.epochs[0]) == 3
 
 
 def test_every_image_once_an_epoch_in_another_order() -> None:

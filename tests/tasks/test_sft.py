@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -459,6 +460,25 @@ def test_what_config_json_says_of_generation_stays(tmp_path):
     found = _endings._held(tmp_path / "generation_config.json", T5ForConditionalGeneration(config))
     names = ("decoder_start_token_id", "pad_token_id", "eos_token_id")
     assert [found[name] for name in names] == [0, 0, 1]
+
+
+@pytest.mark.parametrize("in_file", [True, False])
+def test_no_token_of_the_old_tokenizer_stays(in_file, tmp_path):
+    """A token that the new one does not have is null, also if config.json alone names the old one."""
+    tokenizer = byte_tokenizer(tmp_path, CHATML)
+    tokenizer.eos_token = tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    old = {"eos_token_id": 0, "pad_token_id": 7}
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=9, hidden_size=8, num_attention_heads=1, num_hidden_layers=1, **old)
+    )
+    model.config.save_pretrained(tmp_path)
+    if in_file:
+        (tmp_path / "generation_config.json").write_text(json.dumps(old))
+    run, named = SimpleNamespace(task=None), SimpleNamespace(named="other")
+    assert _endings.write(SimpleNamespace(run=run, beside=named, model=model), tmp_path)
+    assert held(tmp_path).items() >= {"eos_token_id": None, "pad_token_id": None}.items()
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id is None
 
 
 @pytest.mark.parametrize(

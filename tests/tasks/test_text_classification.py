@@ -13,7 +13,7 @@ import transformers
 
 import tiny
 from upcycle import UpcycleError
-from upcycle.data.feeding import Feeding
+from upcycle.data.feeding import Feed, Feeding
 from upcycle.dense.subject import Subject
 from upcycle.tasks.text_classification import TextClassification
 from upcycle.training import start
@@ -137,10 +137,14 @@ NAMES = [
 HEAD = {"contradiction": 0, "neutral": 1, "entailment": 2}
 
 
+def feed_of(texts: Path, source: Path) -> Feed:
+    subject = Subject(folder=source, config=json.loads((source / "config.json").read_text()))
+    return TextClassification().feed(Feeding.of_file(texts, length=8, cache=texts.parent), subject)
+
+
 def labels_of(texts: Path, source: Path) -> list[int]:
     """The labels of a file of texts as numbers of the model's head."""
-    subject = Subject(folder=source, config=json.loads((source / "config.json").read_text()))
-    feed = TextClassification().feed(Feeding.of_file(texts, length=8, cache=texts.parent), subject)
+    feed = feed_of(texts, source)
     return feed.at(np.arange(sum(feed.trainable)))["labels"].tolist()
 
 
@@ -154,18 +158,59 @@ def class_labels(file: Path, labels: list[int], names: list[str] = NAMES) -> Pat
     return file
 
 
+def headed(folder: Path, names: list[str]) -> Path:
+    """A classifier whose head has these names."""
+    source = classifier(folder, "Bert")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"id2label": dict(enumerate(names))}))
+    return source
+
+
 def test_named_classes_of_parquet_are_those_of_the_head(tmp_path):
     """The same rows give the same labels, whether their classes are names or numbers with names."""
-    source = classifier(tmp_path / "dense", "Bert")
-    config = json.loads((source / "config.json").read_text())
-    named = {"id2label": {number: name for name, number in HEAD.items()}, "label2id": HEAD}
-    (source / "config.json").write_text(json.dumps(config | named))
+    source = headed(tmp_path / "dense", sorted(HEAD, key=HEAD.__getitem__))
     labels = [0, 1, 2, 0, 0, 1, 2, 2]
     lines = [json.dumps({"text": "the cat", "label": NAMES[label]}) for label in labels]
     (tmp_path / "names.jsonl").write_text("\n".join(lines))
     numbers = class_labels(tmp_path / "numbers.parquet", labels)
     assert labels_of(numbers, source) == [HEAD[NAMES[label]] for label in labels]
     assert labels_of(numbers, source) == labels_of(tmp_path / "names.jsonl", source)
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        ("Contradiction NEUTRAL entailment", None),
+        ("yes perhaps no", "entailment is yes, neutral is perhaps, contradiction is no"),
+        (
+            "yes neutral no",
+            "has the class 'entailment', .*; call .*, store its numbers without names if they",
+        ),
+        (
+            "yes perhaps no none",
+            "has the class 'entailment', and the model's head has yes, perhaps, no and 1",
+        ),
+        ("con_tradiction yes no", "has the class 'entailment'"),
+    ],
+)
+def test_numbers_whose_names_the_head_does_not_have(head, said, tmp_path, caplog):
+    """They stay if all names are foreign to a head of as many classes. Capital letters do not count."""
+    source, labels = headed(tmp_path / "dense", head.split()), [0, 1, 2, 0]
+    file = class_labels(tmp_path / "numbers.parquet", labels)
+    if said is not None and said.startswith("has"):
+        with pytest.raises(UpcycleError, match=said):
+            labels_of(file, source)
+        return
+    assert labels_of(file, source) == (labels if said else [HEAD[NAMES[label]] for label in labels])
+    assert (said or "") in caplog.text
+    assert ("the numbers decide" in caplog.text) == (said is not None)
+
+
+def test_a_run_that_began_when_names_of_numbers_did_not_count(tmp_path):
+    source = headed(tmp_path / "dense", sorted(HEAD, key=HEAD.__getitem__))
+    feed = feed_of(class_labels(tmp_path / "numbers.parquet", [0, 1, 2, 0]), source)
+    with pytest.raises(UpcycleError, match=r"other labels .*, and not their names, store them without names"):
+        feed.restore(feed.state() | {"labels": "of the numbers"})
 
 
 def test_a_test_set_may_lack_a_class_that_is_named(texts, tmp_path):

@@ -345,6 +345,35 @@ def test_a_run_of_relative_paths_is_exported_from_anywhere(
             upcycle.train(moved, resume=True)
 
 
+def test_the_folder_that_a_run_was_begun_in_comes_before_todays(
+    table: Table, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of the same names elsewhere are others, unless the run was moved there with them."""
+    home, away, moved = (tmp_path / name for name in ("home", "away", "moved"))
+    shutil.copytree(source, home / "dense")
+    (home / "text.txt").write_text(WORDS * 40)
+    (away / "dense").mkdir(parents=True)
+    settings = table(source="dense", out="run", data={"sources": [{"path": "text.txt"}]})
+
+    def longer(change: Table) -> str:
+        upcycle.train({**settings, **change, "train": {**settings["train"], "steps": 3}}, resume=True)
+        return str(json.loads((Path(change.get("out", "run")) / "run.json").read_text())["begun_in"])
+
+    monkeypatch.chdir(home)
+    train(settings)
+    shutil.copytree(home, moved)
+    monkeypatch.chdir(away)
+    export(home / "run", tmp_path / "out")
+    with pytest.raises(UpcycleError, match=f"^dense is another one here; .* was begun in {home}, from where"):
+        longer({"out": str(home / "run")})
+    (away / "dense").rmdir()
+    for name in ("dense", "text.txt"):
+        (away / name).symlink_to(home / name)
+    assert longer({"out": str(home / "run")}) == str(home)
+    monkeypatch.chdir(moved)
+    assert longer({}) == str(moved)
+
+
 # --- export
 
 

@@ -11,6 +11,7 @@ import tomllib
 import weakref
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from upcycle.data import leaks
 from upcycle.dense.admission import admit
 from upcycle.families._training import trained
 from upcycle.records.provenance import Provenance
-from upcycle.training import enter, fit, run_folder, start, step
+from upcycle.training import beginning, enter, fit, run_folder, start, step
 from upcycle.training.anatomy import Anatomy
 from upcycle.training.course import Course
 from upcycle.training.export import export
@@ -556,6 +557,30 @@ def test_a_stage_is_not_scored_on_what_an_earlier_one_trained_on(trainable, tmp_
     train(Run.of(run), resume=True)
     assert [line.step for line in read(tmp_path / "run")] == [1, 2]
     assert re.search(said, caplog.text)
+
+
+def test_one_rank_looks_for_rows_that_are_trained_on(trainable, tmp_path, monkeypatch):
+    """To compare folders takes long; the others are told."""
+    monkeypatch.setattr(leaks, "later", lambda *_: pytest.fail("another rank looks as well"))
+    run = Run.of(table(trainable, tmp_path / "run", train={"steps": 1}))
+    begun, other = start.start_of(run), SimpleNamespace(first=False, share=lambda _: ["it is trained on"])
+    task = beginning.admitted(run, begun)
+    with pytest.raises(UpcycleError, match="it is trained on"):
+        beginning._warn(run, run, begun, task, other, begins=True)
+
+
+@pytest.mark.parametrize("eval_every", [0, 1])
+def test_rows_that_are_held_out_from_no_score_may_be_trained_on(eval_every, trainable, tmp_path):
+    """By a later stage, and by two sources that have a file in common."""
+    file = table(trainable, tmp_path / "run")["data"]["sources"][0]["path"]
+    twice = [{"path": file}, {"path": file, "separator": "#"}]
+    stages = [{"train": {"steps": 1}, "data": data} for data in ({}, {"held_out": 0.3})]
+    for change in ({"stage": stages}, {"data": {"sources": twice}, "train": {"steps": 1}}):
+        run = table(trainable, tmp_path / "run", **change)
+        run = Run.of({**run, "train": {**run["train"], "eval_every": eval_every}})
+        begun = start.start_of(run)
+        wrong = beginning.first_refusals(run, begun, beginning.admitted(run, begun))
+        assert len(wrong) == bool(eval_every), wrong
 
 
 def saved_moments(run: dict, step: int) -> set[str]:

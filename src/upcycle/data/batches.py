@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from upcycle.data.corpus import Tokens
+from upcycle.data.folders import put_back
 from upcycle.data.readings import Reading, fresh
 from upcycle.errors import UpcycleError
 from upcycle.tensors import rng
@@ -92,8 +93,8 @@ class Batches:
         for name, before, now in zip(names, state["tokens"], counts, strict=True):
             if before != now:
                 raise UpcycleError(
-                    f"{name} has {now} tokens and had {before} when the checkpoint was saved; put the data "
-                    f"back as it was, or start a new run"
+                    f"{name} has {now} tokens and had {before} when the checkpoint was saved; "
+                    f"{put_back(name)}, or start a new run"
                 )
         for name, before, digest in zip(names, state.get("sha256", hashes), hashes, strict=True):
             if None not in (before, digest) and before != digest:

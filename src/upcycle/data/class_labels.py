@@ -10,6 +10,12 @@ from typing import Any
 from upcycle.errors import UpcycleError
 
 
+class NamesOfNumbers(tuple[str, ...]):
+    """Names of classes that the data stores as numbers, in the order of the numbers."""
+
+    __slots__ = ()
+
+
 def names_in(schema: Any, column: str) -> tuple[str, ...]:
     """Return the names of the classes of a column in the order of their numbers; empty if there are none.
 
@@ -17,7 +23,7 @@ def names_in(schema: Any, column: str) -> tuple[str, ...]:
     """
     try:
         feature = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]
-        return tuple(map(str, feature["names"])) if feature["_type"] == "ClassLabel" else ()
+        return NamesOfNumbers(map(str, feature["names"])) if feature["_type"] == "ClassLabel" else ()
     except (KeyError, TypeError, ValueError):
         return ()
 

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from upcycle.data.class_labels import NamesOfNumbers
+from upcycle.data.folders import put_back
 from upcycle.data.readings import Reading
 from upcycle.errors import UpcycleError, listed
 from upcycle.tensors import rng
@@ -115,12 +117,18 @@ class Examples:
             raise UpcycleError(
                 "what the checkpoint says of its place in the data is damaged; delete its folder"
             )
-        if (count := len(self._train)) != before or self._digest != state.get("labels"):
-            counts = f"has {count} {self._train.kind} and had {before}"
-            what = counts if count != before else "has other labels than it had"
+        name, heeded = self._train.name, ""
+        if (count := len(self._train)) != before:
             raise UpcycleError(
-                f"{self._train.name} {what} when the checkpoint was saved; put the data back as it was, or "
-                f"start a new run"
+                f"{name} has {count} {self._train.kind} and had {before} when the checkpoint was saved; "
+                f"{put_back(name)}, or start a new run"
+            )
+        if self._digest != state.get("labels"):
+            if isinstance(self._train.class_names, NamesOfNumbers):
+                heeded = " (if its numbers counted then, and not their names, store them without names)"
+            raise UpcycleError(
+                f"{name} has other labels than it had when the checkpoint was saved; put the data back as it "
+                f"was{heeded}, or start a new run"
             )
         if None not in (was := state.get("sha256"), self._train.digest) and was != self._train.digest:
             raise UpcycleError(
@@ -134,7 +142,7 @@ class Examples:
         chosen, wanted = [], rows
         while wanted:
             epoch, place = divmod(self._reading.consumed, len(self._trained))
-            order = rng.permutation(rng.key(self._seed, "examples", epoch), len(self._trained))
+            order = self._reading.order(rng.key(self._seed, "examples", epoch), len(self._trained))
             chosen.append(order[place : place + wanted])
             self._reading.consumed += len(chosen[-1])
             wanted -= len(chosen[-1])

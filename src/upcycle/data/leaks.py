@@ -13,7 +13,7 @@ from pathlib import Path
 
 from upcycle.data.corpus import Data
 from upcycle.data.documents import PLAIN, Source, hub_name, is_dataset, kind, saved_splits
-from upcycle.data.folders import files_below
+from upcycle.data.folders import behind_links
 from upcycle.data.image_files import ENDINGS
 
 
@@ -22,7 +22,8 @@ def shared(one: Source, other: Source) -> Path | None:
 
     A data set on the hub counts as one file for each split.
     """
-    return _shared(_files(one), _files(other))
+    known = {*_files(other)}
+    return next((file for file in _files(one) if file in known), None)
 
 
 def within(data: Data) -> str | None:
@@ -31,8 +32,8 @@ def within(data: Data) -> str | None:
         return None
     read = [(source, _files(source)) for source in data.sources]
     for (one, here), (other, there) in combinations(read, 2):
-        file = _shared(here, there)
-        if file is None or _same(one, here, other, there) or _other_texts(one, other, file):
+        file = _both_read(one, here, other, there)
+        if file is None or _same(one, here, other, there):
             continue
         return (
             f"the data.sources {one.path} and {other.path} both read {file.name}, and each holds out other "
@@ -58,8 +59,7 @@ def _between(before: Data, after: Data, read: Callable[[Source], tuple[Path, ...
         here = read(one)
         for other in after.sources:
             there = read(other)
-            file = _shared(here, there)
-            if file is None or _other_texts(one, other, file):
+            if _both_read(one, here, other, there) is None:
                 continue
             if _same(one, here, other, there) and _holds_out_as_much(before, after):
                 continue
@@ -86,15 +86,16 @@ def _files(source: Source) -> tuple[Path, ...]:
         return (path.resolve(),)
     whole = is_dataset(source)
     return tuple(
-        file.resolve()
-        for file in files_below(path)
+        place
+        for file, place in behind_links(path)
         if whole or kind(file) is not None or file.suffix.lower() in ENDINGS
     )
 
 
-def _shared(here: Sequence[Path], there: Sequence[Path]) -> Path | None:
+def _both_read(one: Source, here: Sequence[Path], other: Source, there: Sequence[Path]) -> Path | None:
+    """Return the first file of which two sources read the same texts; None if there is none."""
     known = {*there}
-    return next((file for file in here if file in known), None)
+    return next((file for file in here if file in known and not _other_texts(one, other, file)), None)
 
 
 def _same(one: Source, here: Sequence[Path], other: Source, there: Sequence[Path]) -> bool:

@@ -29,11 +29,15 @@ class Reading:
     def next(self, seed: int, rows: int) -> int:
         """Return the number of the next row of a source that has `rows`, and go on."""
         epoch, place = divmod(self.consumed, rows)
-        key = rng.key(seed, "rows", self.number, epoch)
+        order = self.order(rng.key(seed, "rows", self.number, epoch), rows)
+        self.consumed += 1
+        return int(order[place])
+
+    def order(self, key: rng.Key, rows: int) -> np.ndarray:
+        """Return the order of an epoch of so many rows, int64 [N]; it is kept until another is asked for."""
         if key != self._key or len(self._order) != rows:
             self._key, self._order = key, rng.permutation(key, rows)
-        self.consumed += 1
-        return int(self._order[place])
+        return self._order
 
 
 class Readings:

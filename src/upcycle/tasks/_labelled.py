@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from upcycle.data.class_labels import NamesOfNumbers
 from upcycle.data.corpus import Data
 from upcycle.data.documents import Source
 from upcycle.data.examples import Examples, Labelled
 from upcycle.data.feeding import Feed, Feeding
 from upcycle.data.leaks import shared
 from upcycle.errors import UpcycleError, listed
+from upcycle.system import progress
 from upcycle.tasks import Task
 
 if TYPE_CHECKING:
@@ -99,8 +101,10 @@ def refuse_unknown_ids(ids: np.ndarray, path: str, subject: Subject) -> None:
 def as_the_head(found: Set, subject: Subject) -> Set:
     """Return the examples with labels renumbered to the model's head.
 
-    If both have class names, the names decide; otherwise the numbers stay. Raises `UpcycleError` for more
-    classes than the head has, or for a class that it does not know.
+    If both have class names, the names decide; capital letters in them do not count. Otherwise the numbers
+    stay. So do numbers whose names are all foreign to the head, if it has as many classes; a warning says
+    what they become. Raises `UpcycleError` for more classes than the head has, or for a class that it does
+    not know.
     """
     if found.num_labels > subject.num_labels:
         raise UpcycleError(
@@ -111,16 +115,43 @@ def as_the_head(found: Set, subject: Subject) -> Set:
     names, known = found.class_names, subject.class_names
     if not names or not known or names == known:
         return found
-    odd = next((name for name in names if known.count(name) != 1), None)
-    if odd is None:
-        places = np.array([known.index(name) for name in names])
-        return replace(found, labels=places[found.labels], class_names=known, num_labels=len(known))
+    if (places := _places(names, known)) is not None:
+        labels = np.array(places)[found.labels]
+        return replace(found, labels=labels, class_names=type(names)(known), num_labels=len(known))
     if _only_numbers(names) or _only_numbers(known):
         return found
+    numbered = isinstance(names, NamesOfNumbers)
+    if numbered and _foreign(names, known):
+        progress.warn(
+            f"{found.name} numbers its classes, and the model's head has other names for all of them, so the "
+            f"numbers decide: {listed([f'{name} is {own}' for name, own in zip(names, known, strict=True)])}"
+        )
+        return found
+    folded = [name.casefold() for name in known]
+    odd = max(names, key=lambda name: (folded.count(name.casefold()) != 1, known.count(name) != 1))
+    without = "store its numbers without names if they are the head's, " if numbered else ""
     raise UpcycleError(
         f"{found.name} has the class {odd!r}, and the model's head {_instead(odd, known)} (id2label in its "
-        f"config.json); call the classes what it calls them, or in a run, set task.classes for a new head"
+        f"config.json); call the classes what it calls them, {without}or in a new run, set task.classes for "
+        f"a new head"
     )
+
+
+def _places(names: Sequence[str], known: Sequence[str]) -> list[int] | None:
+    """Return the number of each class in the head that has its name; None if one is not there once.
+
+    The names are compared to the letter, or else without regard to capital letters.
+    """
+    for form in (str, str.casefold):
+        here, there = [*map(form, names)], [*map(form, known)]
+        if len({*here}) == len({*names}) and all(there.count(name) == 1 for name in here):
+            return [there.index(name) for name in here]
+    return None
+
+
+def _foreign(names: Sequence[str], known: Sequence[str]) -> bool:
+    """Return whether there are as many names as a head has, none of them like one of the head's."""
+    return len(names) == len(known) and not {*map(_letters, names)} & {*map(_letters, known)}
 
 
 def _only_numbers(names: Sequence[str]) -> bool:

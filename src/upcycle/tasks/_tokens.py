@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from upcycle.data import corpus, leaks
+from upcycle.data import corpus
 from upcycle.data.batches import Batches, Places
 from upcycle.data.corpus import Data
 from upcycle.data.documents import Source
@@ -29,8 +29,8 @@ def tokenizer_of(feeding: Feeding, subject: Subject) -> Any:
 
 
 def objection_to_sources(data: Data) -> str | None:
-    """Return a sentence about sources of text that would not be read, or held out, as they say; or None."""
-    return next(filter(None, map(unread, data.sources)), None) or leaks.within(data)
+    """Return a sentence about sources of text that would not be read as they say; or None."""
+    return next(filter(None, map(unread, data.sources)), None)
 
 
 def refuse_idle(texts: Iterable[str | Path], **given: str | None) -> None:

@@ -61,15 +61,16 @@ def admitted(run: Run, begun: Start) -> Task:
 def first_refusals(run: Run, begun: Start, task: Task, asked: Run | None = None) -> list[str]:
     """Return the reasons to refuse a run that begins; one that goes on may have them.
 
-    They are rows that are too long for the model, router losses that no router computes, rows that a stage is
-    scored on though an earlier one trains on them, and a stage that would not read its data anew as it says.
+    They are rows that are too long for the model, router losses that no router computes, rows that the run is
+    scored on though it trains on them, and a stage that would not read its data anew as it says.
     `asked` is the run as the user wrote it, if `run` has what a record says besides.
     """
     legs = Course(run).legs
     long = task.beyond_positions(run.train.sequence_length, begun.subject)
     lacking = (fit.without_loss(leg.run, begun.built) for leg in legs)
-    leak = leaks.later([leg.run.data for leg in legs])
-    return [*dict.fromkeys(filter(None, [long, *lacking, leak, fit.not_anew(asked or run)]))]
+    scored = [leg.run.data for leg in legs if leg.run.train.eval_every]
+    trained_on = [*map(leaks.within, dict.fromkeys(scored)), leaks.later(scored)]
+    return [*dict.fromkeys(filter(None, [long, *lacking, *trained_on, fit.not_anew(asked or run)]))]
 
 
 def ready(run: Run, begun: Start, task: Task, here: Ranks, checkpoint: Path | None) -> Ready:
@@ -143,15 +144,20 @@ def _warn(run: Run, asked: Run, begun: Start, task: Task, here: Ranks, *, begins
     A run that has already trained so only gets a warning (`first_refusals`, `Task.objection`). `asked` is the
     run as the user wrote it.
     """
-    data = dict.fromkeys(leg.run.data for leg in Course(run).legs)
-    idle = dict.fromkeys(task.idle_split(leg.run.data) for leg in Course(asked).legs)
-    wrong = [*first_refusals(run, begun, task, asked), *filter(None, [*map(task.objection, data), *idle])]
+    wrong = here.share(_wrong(run, asked, begun, task) if here.first else None)  # this may list large folders
     if wrong and begins:
         raise UpcycleError(wrong[0])
     if here.first:
         found = fit.warnings(run, begun.built) if begins else []
         for sentence in [*found, *wrong]:
             progress.warn(sentence)
+
+
+def _wrong(run: Run, asked: Run, begun: Start, task: Task) -> list[str]:
+    """Return the reasons to refuse a run that begins, see `_warn`."""
+    data = dict.fromkeys(leg.run.data for leg in Course(run).legs)
+    idle = dict.fromkeys(task.idle_split(leg.run.data) for leg in Course(asked).legs)
+    return [*first_refusals(run, begun, task, asked), *filter(None, [*map(task.objection, data), *idle])]
 
 
 def _say_changed_layout(before: RunState, here: Ranks) -> None:

@@ -14,8 +14,15 @@ from upcycle.training.course import Course
 from upcycle.training.run import Run
 
 
-def working_folder() -> str | None:
-    """Return the folder that this process works in; None if it was removed."""
+def to_record(out: Path) -> str | None:
+    """Return the folder for the record of a run in `out`; None if this process works in a removed one.
+
+    It is the folder that the record has already, unless the run was moved: then its paths count from where it
+    goes on.
+    """
+    record = _record(out)
+    if record is not None and _in_place(record, out):
+        return record.begun_in
     try:
         return str(Path.cwd())
     except OSError:
@@ -23,14 +30,12 @@ def working_folder() -> str | None:
 
 
 def found(path: str, begun_in: str | None) -> str:
-    """Return a path of a run as it can be opened here: as it is, or from where the run was begun.
+    """Return a path of a run as it can be opened here: from where the run was begun, or else as it is.
 
     A hub id, and a path that is in neither place, are returned as they are.
     """
-    if begun_in is None or Path(path).exists():
-        return path
-    there = Path(begun_in) / path
-    return str(there) if there.exists() else path
+    there = Path(begun_in or "", path)
+    return str(there) if begun_in is not None and there.exists() else path
 
 
 def opener(begun_in: str | None) -> Opener:
@@ -43,15 +48,36 @@ def opener(begun_in: str | None) -> Opener:
 
 
 def refuse_elsewhere(run: Run) -> None:
-    """Raise `UpcycleError` for a run that goes on where its paths lead nowhere, if they do where it began."""
-    file = Path(run.out) / RunRecord.FILE
-    try:
-        record = RunRecord.of(load(file, ""), str(file))
-    except UpcycleError:
-        return  # there is none, or it is damaged, which is said later
+    """Raise `UpcycleError` for a run that goes on where its paths lead to other places than where it began.
+
+    A run that was moved may go on beside copies of its files; what is in them is compared later.
+    """
+    record = _record(out := Path(run.out))
+    if record is None:
+        return
     data = [source.path for leg in Course(run).legs for source in leg.run.data.sources]
-    if lost := [path for path in (run.source, *data) if found(path, record.begun_in) != path]:
+    for path in (run.source, *data):
+        here, there = Path(path), Path(found(path, record.begun_in))
+        if not there.exists() or (here.exists() and (here.samefile(there) or not _in_place(record, out))):
+            continue
         raise UpcycleError(
-            f"{lost[0]} is not here; {run.out} was begun in {record.begun_in}, from where the paths of its "
-            f"run file count; go on from there"
+            f"{path} is {'another one' if here.exists() else 'not'} here; {run.out} was begun in "
+            f"{record.begun_in}, from where the paths of its run file count; go on from there"
         )
+
+
+def _record(out: Path) -> RunRecord | None:
+    """Return the record of the run in `out`; None if there is none, or a damaged one, which is said later."""
+    file = out / RunRecord.FILE
+    try:
+        return RunRecord.of(load(file, ""), str(file))
+    except UpcycleError:
+        return None
+
+
+def _in_place(record: RunRecord, out: Path) -> bool:
+    """Return whether the run in `out` lies where it was begun, and the folder of its paths is there."""
+    if record.begun_in is None or not Path(record.begun_in).is_dir():
+        return False
+    there = Path(record.begun_in, str(record.run.get("out")))
+    return there.exists() and there.samefile(out)

@@ -141,7 +141,7 @@ def _origin(record: RunRecord, run_folder: Path, written: Sequence[Path], *, wit
     for opened in begun.checkpoints:
         claim.refuse_near(written, opened.folder)
     if (begun.built.hash if begun.built else None) != record.blueprint_hash:
-        raise UpcycleError(f"the source {run.source} is not the one that {run_folder} was trained from")
+        raise UpcycleError(f"the source {source} is not the one that {run_folder} was trained from")
     return _Origin(folder=run_folder, record=record, run=run, start=begun)
 
 

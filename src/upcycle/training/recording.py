@@ -30,10 +30,10 @@ def write(ready: Ready, out: Path) -> None:
     except UpcycleError:
         same = False
     if not state.step or not same:
-        run_folder.write_record(out, _record(ready))
+        run_folder.write_record(out, _record(ready, out))
 
 
-def _record(ready: Ready) -> RunRecord:
+def _record(ready: Ready, out: Path) -> RunRecord:
     """Return the content of run.json."""
     trainee, run, state = ready.trainee, ready.course.run, ready.state
     begun, task = trainee.start, trainee.task
@@ -65,7 +65,7 @@ def _record(ready: Ready) -> RunRecord:
         from_scratch=begun.from_scratch,
         run=run.as_table(),
         recipe=_settled(run, begun.built),
-        begun_in=begun_in.working_folder(),
+        begun_in=begun_in.to_record(out),
         identity=run.identity(),
         source_sha256=state.source_sha256,
     )

@@ -26,7 +26,8 @@ def write(trained: Trained, folder: Path) -> dict[str, str]:
     """Name the ends in the generation_config.json of `folder`; return the file and the reason if it changed.
 
     `folder` has the files of the tokenizer and its chat template. The ends that the file names stay, unless
-    the run has another tokenizer than the source (`data.tokenizer`): its tokens have other numbers.
+    the run has another tokenizer than the source (`data.tokenizer`): its tokens have other numbers. A token
+    that it does not have becomes null.
     """
     task, another = trained.run.task, trained.beside.named is not None
     if not trained.model.can_generate() or not (another or (task is not None and task.reads == "chats")):
@@ -37,7 +38,7 @@ def write(trained: Trained, folder: Path) -> dict[str, str]:
     theirs = {kind: getattr(tokenizer, kind) for kind in _KINDS} if another else {}
     kept = theirs.get("eos_token_id") if another else held.get("eos_token_id")
     ends = [None if task is None else task.end(tokenizer), *(kept if isinstance(kept, list) else [kept])]
-    wanted = held | {kind: id for kind, id in theirs.items() if id is not None}
+    wanted = held | {kind: id for kind, id in theirs.items() if id != held.get(kind)}
     if found := [id for id in dict.fromkeys(ends) if id is not None]:
         wanted["eos_token_id"] = found if len(found) > 1 else found[0]
     if wanted == held:
