@@ -10,22 +10,22 @@ from continuation import CARRIED, Changes, expert_choice
 
 LAYERS = "last_half"
 
-# Dense continuation, and Expert Choice at its FLOPs per image (C = 1) and above (C = 2).
+# Dense continuation, Expert Choice at its FLOPs per image (C = 1) and above (C = 2), and the best of the
+# experiments on code, also at its FLOPs. The last one's optimizer is fresh: moments go to copies alone.
 CORE: dict[str, Changes] = {
     "dense": CARRIED,
     "expert_choice_1": expert_choice(1.0, LAYERS) | CARRIED,
     "expert_choice_2": expert_choice(2.0, LAYERS) | CARRIED,
-}
-
-# Each changes one factor of the core. `virtual_group` is the best of the experiments on code. Its optimizer
-# is fresh, as moments are carried to copies alone.
-FACTORS: dict[str, Changes] = {
     "virtual_group": {
         "moe": {
             "num_experts": 16, "top_k": 2, "granularity": 2, "layers": LAYERS, "target": "upcycled",
         },
         "init": {"name": "virtual_group"}, "router": {"init": "grouped"},
     },
+}  # fmt: skip
+
+# Each changes one factor of the core.
+FACTORS: dict[str, Changes] = {
     "expert_choice_1_all": expert_choice(1.0, "all") | CARRIED,
     "expert_choice_2_fresh": expert_choice(2.0, LAYERS),
     "expert_choice_1_16_experts": expert_choice(1.0, LAYERS, experts=16) | CARRIED,

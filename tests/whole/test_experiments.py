@@ -18,6 +18,7 @@ import pytest
 
 import scripts
 import tiny
+from upcycle.recipe import Recipe
 
 ROOT = Path(__file__).parents[2] / "experiments"
 SCRIPTS = [
@@ -196,6 +197,21 @@ def test_questions_are_about_variants(script):
     asked = {name for names in script.EXPERIMENT.questions.values() for name in names}
     assert asked <= {*script.EXPERIMENT.variants}
     assert {*script.EXPERIMENT.core} <= {*script.EXPERIMENT.variants}
+
+
+@pytest.mark.parametrize(
+    ("script", "recipe", "variant"),
+    [
+        ("code", "equal_flops", "virtual_group"),
+        ("code", "equal_seconds", "virtual_group_equal_seconds"),
+        ("vision", "equal_flops_vit", "virtual_group"),
+    ],
+    indirect=["script"],
+)
+def test_a_recipe_of_our_own_runs_is_that_of_the_run(script, recipe, variant):
+    changes = script.EXPERIMENT.variants[variant]
+    ran = {key: changes[key] for key in ("moe", "init", "router") if key in changes}
+    assert Recipe.load(ROOT.parent / "recipes" / f"{recipe}.toml") == Recipe.of(ran)
 
 
 @pytest.mark.parametrize("script", ["code/law"], indirect=True)

@@ -9,7 +9,7 @@ experiments recorded.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from upcycle.advice.comparison import Better, Comparison
 from upcycle.advice.experts import Experts
@@ -48,6 +48,7 @@ class Experiment:
 
 _COPIES = Experts(count=8, top_k=2, granularity=1, layers=1, routers=("top_k",))
 _HALVES = Experts(count=16, top_k=2, granularity=2, layers=1, routers=("top_k",))
+_QUARTERS = Experts(count=32, top_k=4, granularity=4, layers=1, routers=("top_k",))
 
 CODE = Experiment(
     name="code",
@@ -61,6 +62,11 @@ CODE = Experiment(
             init="virtual_group",
             experts=_HALVES,
             said="16 experts of half the width, top-2, at the dense FLOPs a token",
+        ),
+        "virtual_group_4": Variant(
+            init="virtual_group",
+            experts=_QUARTERS,
+            said="32 experts of a quarter of the width, top-4, at the dense FLOPs a token",
         ),
         "copy": Variant(init="copy", experts=_COPIES, said="8 copies, top-2"),
         "drop_0.5": Variant(init="drop", experts=_COPIES, said="8 experts, top-2, half of each redrawn"),
@@ -82,7 +88,12 @@ VISION = Experiment(
     unit="epochs of CIFAR-10",
     tokens_per_parameter=50_000 * 17 / 124e3,
     variants={
-        f"expert_choice_{c}": _choosing(c, 0.5, ("expert_choice",), " in the last half") for c in (1, 2)
+        **{f"expert_choice_{c}": _choosing(c, 0.5, ("expert_choice",), " in the last half") for c in (1, 2)},
+        "virtual_group": Variant(
+            init="virtual_group",
+            experts=replace(_HALVES, layers=0.5),
+            said="16 experts of half the width in the last half, top-2, at the dense FLOPs an image",
+        ),
     },
 )
 
@@ -157,6 +168,7 @@ MEASURED = (
     Measured(of=CODE, start=10, variant="copy", less_dense=+0.0490, error=0.0059, ahead=None),
     Measured(of=CODE, start=10, variant="drop_0.5", less_dense=+0.0809, error=0.0044, ahead=None),
     Measured(of=CODE, start=40, variant="virtual_group", less_dense=-0.0271, error=0.0052, ahead=0.19),
+    Measured(of=CODE, start=40, variant="virtual_group_4", less_dense=-0.0270, error=0.0011, ahead=0.18),
     Measured(of=CODE, start=40, variant="copy", less_dense=-0.0036, error=0.0010, ahead=0.28),
     Measured(of=CODE, start=40, variant="drop_0.5", less_dense=+0.0080, error=0.0070, ahead=None),
     Measured(of=CODE, start=80, variant="virtual_group", less_dense=-0.0466, error=0.0031, ahead=0.13),
@@ -165,6 +177,7 @@ MEASURED = (
     Measured(of=CODE, start=160, variant="virtual_group", less_dense=-0.0689, error=0.0048, ahead=0.11),
     Measured(of=VISION, start=70, variant="expert_choice_1", less_dense=+0.0072, error=0.0026, ahead=None),
     Measured(of=VISION, start=70, variant="expert_choice_2", less_dense=+0.0028, error=0.0026, ahead=None),
+    Measured(of=VISION, start=70, variant="virtual_group", less_dense=-0.0074, error=0.0026, ahead=0.24),
     Measured(
         of=JETPACK,
         start=42,
