@@ -82,7 +82,7 @@ QUESTIONS = {
     "share redrawn": ["dense", "copy", "drop_0.1", "drop_0.25", "drop_0.5"],
     "moments": ["dense", "copy", "dense_moments", "copy_moments"],
     "width of experts": ["dense", "virtual_group", "virtual_group_ungrouped", "virtual_group_4"],
-    "kinds of copies": ["dense", "copy", "noise", "copy_every_other", "copy_top_1"],
+    "copies": ["dense", "copy", "noise", "copy_every_other", "copy_top_1"],
 }
 
 # A step of these experts takes 1.25 times the seconds of the dense step (benchmarks/equal_flops.py).

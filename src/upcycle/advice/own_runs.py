@@ -69,6 +69,11 @@ CODE = Experiment(
             said="32 experts of a quarter of the width, top-4, at the dense FLOPs a token",
         ),
         "copy": Variant(init="copy", experts=_COPIES, said="8 copies, top-2"),
+        "copy_every_other": Variant(
+            init="copy",
+            experts=replace(_COPIES, layers=0.5),
+            said="8 copies in every other layer, top-2",
+        ),
         "drop_0.5": Variant(init="drop", experts=_COPIES, said="8 experts, top-2, half of each redrawn"),
     },
 )
@@ -170,6 +175,7 @@ MEASURED = (
     Measured(of=CODE, start=40, variant="virtual_group", less_dense=-0.0271, error=0.0052, ahead=0.19),
     Measured(of=CODE, start=40, variant="virtual_group_4", less_dense=-0.0270, error=0.0011, ahead=0.18),
     Measured(of=CODE, start=40, variant="copy", less_dense=-0.0036, error=0.0010, ahead=0.28),
+    Measured(of=CODE, start=40, variant="copy_every_other", less_dense=-0.0196, error=0.0016, ahead=0.11),
     Measured(of=CODE, start=40, variant="drop_0.5", less_dense=+0.0080, error=0.0070, ahead=None),
     Measured(of=CODE, start=80, variant="virtual_group", less_dense=-0.0466, error=0.0031, ahead=0.13),
     Measured(of=CODE, start=80, variant="copy", less_dense=-0.0330, error=0.0039, ahead=0.13),
