@@ -19,7 +19,7 @@ from upcycle.forecast.setting import Precision, Recompute, Setting
 from upcycle.recipe import RecipeLike
 from upcycle.sharding.layout import Layout
 from upcycle.system import gpus
-from upcycle.tasks._tokens import refuse_beyond_positions
+from upcycle.tasks._positions import refuse_beyond_positions
 from upcycle.training.course import Course, Leg
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from upcycle.evaluation.text import LENGTH, field_of
 from upcycle.evaluation.to_score import ToScore
 from upcycle.system import progress
 from upcycle.tasks import Task
-from upcycle.tasks._tokens import refuse_beyond_positions
+from upcycle.tasks._positions import refuse_beyond_positions
 
 Numbers = list[tuple[float, int, int]]
 

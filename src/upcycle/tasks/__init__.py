@@ -18,6 +18,7 @@ from upcycle.data.corruption import IGNORED
 from upcycle.data.feeding import Feed, Feeding
 from upcycle.errors import UpcycleError
 from upcycle.settings import AtLeast, Named
+from upcycle.tasks._positions import beyond_positions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -164,7 +165,7 @@ class Task(Named, abc.ABC):
 
     def beyond_positions(self, length: int, subject: Subject) -> str | None:
         """Return a sentence about rows that are too long for the model; None if they are not."""
-        return None
+        return None if self.reads == "images" else beyond_positions(length, subject)
 
     def unscored(self, architecture: str) -> str | None:
         """Return the reason why `eval` cannot score a model of this class; None if it can."""

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from upcycle.data.feeding import Feed, Feeding
 from upcycle.tasks import Batch, Question
-from upcycle.tasks._tokens import TokenFeed, refuse_beyond_positions
+from upcycle.tasks._positions import refuse_beyond_positions
+from upcycle.tasks._tokens import TokenFeed
 from upcycle.tasks.causal_lm import CausalLM, rows_alone
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, shown
 from upcycle.tasks import Batch, Question, Task
 from upcycle.tasks._plain import Plain
-from upcycle.tasks._tokens import refuse_beyond_positions, refuse_sound
+from upcycle.tasks._positions import refuse_beyond_positions
+from upcycle.tasks._tokens import refuse_sound
 from upcycle.tasks.image_classification import ImageClassification
 
 if TYPE_CHECKING:

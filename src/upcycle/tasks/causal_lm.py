@@ -13,7 +13,7 @@ from upcycle.data.corruption import IGNORED
 from upcycle.data.feeding import Feed, Feeding
 from upcycle.families import CAUSAL_HEADS
 from upcycle.tasks import ON_HOST, POSITIONS, Batch, Question, Task
-from upcycle.tasks._tokens import TokenFeed, beyond_positions, objection_to_sources
+from upcycle.tasks._tokens import TokenFeed, objection_to_sources
 from upcycle.tensors import rng
 
 if TYPE_CHECKING:
@@ -57,9 +57,6 @@ class CausalLM(Task):
             return batch[POSITIONS][:, 1:].count_nonzero()
         rows, length = batch["rows"].shape
         return rows * (length - 1)
-
-    def beyond_positions(self, length: int, subject: Subject) -> str | None:
-        return beyond_positions(length, subject)
 
     def lengths(self, length: int, subject: Subject) -> dict[str, int]:
         return subject.all_of(length)

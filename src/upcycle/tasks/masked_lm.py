@@ -14,11 +14,10 @@ from upcycle.data.feeding import Feed, Feeding
 from upcycle.errors import UpcycleError
 from upcycle.settings import Within
 from upcycle.tasks import Batch, Question, Task
+from upcycle.tasks._positions import refuse_beyond_positions
 from upcycle.tasks._tokens import (
     TokenFeed,
-    beyond_positions,
     objection_to_sources,
-    refuse_beyond_positions,
     tokenizer_of,
 )
 from upcycle.tensors import rng
@@ -71,9 +70,6 @@ class MaskedLM(Task):
 
     def targets(self, batch: Batch) -> Tensor:
         return (batch["labels"] != IGNORED).sum()
-
-    def beyond_positions(self, length: int, subject: Subject) -> str | None:
-        return beyond_positions(length, subject)
 
     def lengths(self, length: int, subject: Subject) -> dict[str, int]:
         return {"layers": length}

@@ -20,7 +20,7 @@ from upcycle.system import progress
 from upcycle.tasks import ON_HOST, POSITIONS, Batch, Found, Judge, Question, Task
 from upcycle.tasks._chat_tokens import end_of_answer, read_template, tokens_of, with_template
 from upcycle.tasks._labelled import objection_to, only_source, refuse_unknown_ids, split
-from upcycle.tasks._tokens import beyond_positions, objection_to_sources, tokenizer_of
+from upcycle.tasks._tokens import objection_to_sources, tokenizer_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,9 +121,6 @@ class SFT(Task):
 
     def targets(self, batch: Batch) -> Tensor:
         return (batch["labels"] != IGNORED).sum()
-
-    def beyond_positions(self, length: int, subject: Subject) -> str | None:
-        return beyond_positions(length, subject)
 
     def lengths(self, length: int, subject: Subject) -> dict[str, int]:
         return subject.all_of(length)

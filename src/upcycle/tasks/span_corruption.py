@@ -17,7 +17,6 @@ from upcycle.tasks import Batch, Question, Task
 from upcycle.tasks._decoder_inputs import behind_start
 from upcycle.tasks._tokens import (
     TokenFeed,
-    beyond_positions,
     objection_to_sources,
     refuse_sound,
     tokenizer_of,
@@ -75,9 +74,6 @@ class SpanCorruption(Task):
 
     def targets(self, batch: Batch) -> int:
         return batch["targets"].numel()
-
-    def beyond_positions(self, length: int, subject: Subject) -> str | None:
-        return beyond_positions(length, subject)
 
     def lengths(self, length: int, subject: Subject) -> dict[str, int]:
         refuse_sound(subject)

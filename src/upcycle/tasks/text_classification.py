@@ -14,7 +14,8 @@ from upcycle.errors import UpcycleError
 from upcycle.tasks import Batch, Question, Task
 from upcycle.tasks._decoder_inputs import behind_start, mask_behind_start
 from upcycle.tasks._labelled import as_the_head, objection_to, only_source, refuse_unknown_ids, split
-from upcycle.tasks._tokens import beyond_positions, refuse_beyond_positions, tokenizer_of
+from upcycle.tasks._positions import refuse_beyond_positions
+from upcycle.tasks._tokens import tokenizer_of
 
 if TYPE_CHECKING:
     from upcycle.dense.subject import Subject
@@ -83,9 +84,6 @@ class TextClassification(Task):
 
     def targets(self, batch: Batch) -> int:
         return len(batch["labels"])
-
-    def beyond_positions(self, length: int, subject: Subject) -> str | None:
-        return beyond_positions(length, subject)
 
     def lengths(self, length: int, subject: Subject) -> dict[str, int]:
         return subject.all_of(length)
