@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import ClassVar
 
+from upcycle.errors import UpcycleError
 from upcycle.records.provenance import refuse_other_recipe
-from upcycle.records.reader import Document, Record, Table, WrongError, sometimes
+from upcycle.records.reader import Document, Record, Table, WrongError, load, sometimes
 
 _SECTIONS = ("train", "data")
 _OPTIONAL_SECTIONS = ("moe", "init", "router", "task", "successor", "teacher")
@@ -98,6 +100,17 @@ def _refuse_other_order(firsts: Sequence[int]) -> None:
     for place, (before, first) in enumerate(pairwise(firsts), start=1):
         if first <= before:
             raise WrongError(f"is {first}, not after {before}", "stage_costs", str(place), "first")
+
+
+def known_in(out: Path) -> RunRecord | None:
+    """Return the record in the folder of a run; None if there is none, or a damaged one."""
+    path = out / RunRecord.FILE
+    if not path.exists():
+        return None
+    try:
+        return RunRecord.of(load(path, ""), str(path))
+    except UpcycleError:
+        return None
 
 
 def refuse_other_sections(run: Table) -> None:

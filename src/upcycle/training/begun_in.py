@@ -8,21 +8,19 @@ from typing import Any
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.hub import Opener, open_checkpoint
 from upcycle.errors import UpcycleError
-from upcycle.records.reader import load
-from upcycle.records.run import RunRecord
+from upcycle.records.run import RunRecord, known_in
 from upcycle.training.course import Course
 from upcycle.training.run import Run
 
 
-def to_record(out: Path) -> str | None:
+def to_record(before: RunRecord | None, out: Path) -> str | None:
     """Return the folder for the record of a run in `out`; None if this process works in a removed one.
 
-    It is the folder that the record has already, unless the run was moved: then its paths count from where it
-    goes on.
+    It is the folder that the record `before` has, unless the run was moved: then its paths count from where
+    it goes on.
     """
-    record = _record(out)
-    if record is not None and _in_place(record, out):
-        return record.begun_in
+    if before is not None and _in_place(before, out):
+        return before.begun_in
     try:
         return str(Path.cwd())
     except OSError:
@@ -34,8 +32,9 @@ def found(path: str, begun_in: str | None) -> str:
 
     A hub id, and a path that is in neither place, are returned as they are.
     """
-    there = Path(begun_in or "", path)
-    return str(there) if begun_in is not None and there.exists() else path
+    if begun_in is not None and (there := Path(begun_in, path)).exists():
+        return str(there)
+    return path
 
 
 def opener(begun_in: str | None) -> Opener:
@@ -52,7 +51,7 @@ def refuse_elsewhere(run: Run) -> None:
 
     A run that was moved may go on beside copies of its files; what is in them is compared later.
     """
-    record = _record(out := Path(run.out))
+    record = known_in(out := Path(run.out))
     if record is None:
         return
     data = [source.path for leg in Course(run).legs for source in leg.run.data.sources]
@@ -64,15 +63,6 @@ def refuse_elsewhere(run: Run) -> None:
             f"{path} is {'another one' if here.exists() else 'not'} here; {run.out} was begun in "
             f"{record.begun_in}, from where the paths of its run file count; go on from there"
         )
-
-
-def _record(out: Path) -> RunRecord | None:
-    """Return the record of the run in `out`; None if there is none, or a damaged one, which is said later."""
-    file = out / RunRecord.FILE
-    try:
-        return RunRecord.of(load(file, ""), str(file))
-    except UpcycleError:
-        return None
 
 
 def _in_place(record: RunRecord, out: Path) -> bool:

@@ -11,9 +11,8 @@ import torch
 
 import upcycle
 from upcycle.blueprints.blueprint import Blueprint
-from upcycle.errors import UpcycleError
 from upcycle.records.reader import Table
-from upcycle.records.run import RunRecord, StartedFrom
+from upcycle.records.run import RunRecord, StartedFrom, known_in
 from upcycle.training import begun_in, beside, effort, run_folder
 from upcycle.training.beginning import Ready
 from upcycle.training.run import Run
@@ -25,16 +24,13 @@ def write(ready: Ready, out: Path) -> None:
     if not state.step:
         beside.keep(run, ready.trainee.task, out)
     identity = json.loads(json.dumps(run.identity()))
-    try:
-        same = run_folder.read_record(out).identity == identity
-    except UpcycleError:
-        same = False
-    if not state.step or not same:
-        run_folder.write_record(out, _record(ready, out))
+    before = known_in(out)
+    if not state.step or before is None or before.identity != identity:
+        run_folder.write_record(out, _record(ready, begun_in.to_record(before, out)))
 
 
-def _record(ready: Ready, out: Path) -> RunRecord:
-    """Return the content of run.json."""
+def _record(ready: Ready, folder: str | None) -> RunRecord:
+    """Return the content of run.json. `folder` is that from which the paths of the run file count."""
     trainee, run, state = ready.trainee, ready.course.run, ready.state
     begun, task = trainee.start, trainee.task
     lengths = trainee.lengths
@@ -65,7 +61,7 @@ def _record(ready: Ready, out: Path) -> RunRecord:
         from_scratch=begun.from_scratch,
         run=run.as_table(),
         recipe=_settled(run, begun.built),
-        begun_in=begun_in.to_record(out),
+        begun_in=folder,
         identity=run.identity(),
         source_sha256=state.source_sha256,
     )

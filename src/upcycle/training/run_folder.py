@@ -14,7 +14,7 @@ from upcycle.data.corpus import Data
 from upcycle.errors import UpcycleError, listed
 from upcycle.nn.balance import BUFFERED, EXACT, Balance
 from upcycle.records.reader import load
-from upcycle.records.run import RunRecord
+from upcycle.records.run import RunRecord, known_in
 from upcycle.records.state import PRECISIONS, RunState
 from upcycle.system import claim, lock, whole_file
 from upcycle.training import agreement, fit, saving
@@ -124,12 +124,8 @@ def _recorded(out: Path, checkpoint: Path | None) -> tuple[str, Any, int] | None
     if checkpoint is not None:
         state = saving.read_state(checkpoint)
         return str(checkpoint), state.identity, state.step
-    if not (out / RunRecord.FILE).exists():
-        return None
-    try:
-        return str(out), read_record(out).identity, 0
-    except UpcycleError:
-        return None  # no step was saved, and run.json is written anew
+    record = known_in(out)
+    return None if record is None else (str(out), record.identity, 0)
 
 
 def settled(run: Run, checkpoint: Path | None) -> Run:
@@ -150,11 +146,8 @@ def precision(run: Run, before: RunState | None) -> str:
 
 def _recorded_precision(out: Path) -> str | None:
     """Return the precision in run.json, because checkpoints of earlier versions have none."""
-    try:
-        found = read_record(out).precision
-    except UpcycleError:
-        return None
-    return found if found in PRECISIONS else None
+    record = known_in(out)
+    return record.precision if record is not None and record.precision in PRECISIONS else None
 
 
 def _settled_as(run: Run, theirs: Any) -> Run:
