@@ -1,5 +1,5 @@
 # make demo    the whole story on this machine, no network needed once installed
-# make test    the test suite: every kind of test, in under five minutes on two cores
+# make test    the test suite: every kind of test, in five to nine minutes on two cores
 # make test-slow  the same kinds for every family, at every moment, over long runs
 # make test-ranks  8 and 16 processes, and one rank of 512 at true size
 # make attack  a million damaged inputs, a hundred kills of each command; it goes on where it stopped
