@@ -12,6 +12,7 @@ from continuation import CARRIED, Changes
 _TOP_2 = {"num_experts": 8, "top_k": 2}
 _HALVES = {"num_experts": 16, "top_k": 2, "granularity": 2}
 _QUARTERS = {"num_experts": 32, "top_k": 4, "granularity": 4}
+_EVERY_OTHER = {"layers": "every_other", "target": "upcycled"}
 
 
 def _drop(ratio: float, indices: str = "shared") -> Changes:
@@ -43,10 +44,11 @@ FACTORS: dict[str, Changes] = {
     "shuffle_slice_redrawn": {"moe": _HALVES, "init": {"name": "shuffle_slice", "redraw": 0.5}},
     "copy_4_experts": {"moe": {"num_experts": 4, "top_k": 2}},
     "copy_16_experts": {"moe": {"num_experts": 16, "top_k": 2}},
+    "copy_32_experts": {"moe": {"num_experts": 32, "top_k": 2}},
     "copy_top_1": {
         "moe": {"num_experts": 8, "top_k": 1, "target": "upcycled"}, "router": {"normalize": False},
     },
-    "copy_every_other": {"moe": {**_TOP_2, "layers": "every_other", "target": "upcycled"}},
+    "copy_every_other": {"moe": _TOP_2 | _EVERY_OTHER},
     "virtual_group_equal_seconds": {
         "moe": _HALVES, "init": {"name": "virtual_group"}, "router": {"init": "grouped"},
     },
@@ -67,7 +69,15 @@ FACTORS: dict[str, Changes] = {
     "copy_moments": {"moe": _TOP_2} | CARRIED,
 }  # fmt: skip
 
-VARIANTS = CORE | FACTORS
+# What did best among the factors, two at once.
+TOGETHER: dict[str, Changes] = {
+    "virtual_group_every_other": {
+        "moe": _HALVES | _EVERY_OTHER, "init": {"name": "virtual_group"}, "router": {"init": "grouped"},
+    },
+    "copy_every_other_moments": {"moe": _TOP_2 | _EVERY_OTHER} | CARRIED,
+}  # fmt: skip
+
+VARIANTS = CORE | FACTORS | TOGETHER
 
 # Each has a figure of its own, from every start that a factor of it has run from.
 QUESTIONS = {
@@ -78,11 +88,19 @@ QUESTIONS = {
         "virtual_group_warm",
         "virtual_group_slow_router",
     ],
-    "number of experts": ["dense", "copy", "copy_4_experts", "copy_16_experts"],
-    "share redrawn": ["dense", "copy", "drop_0.1", "drop_0.25", "drop_0.5"],
+    "number of experts": ["dense", "copy", "copy_4_experts", "copy_16_experts", "copy_32_experts"],
+    "share redrawn": ["dense", "copy", "drop_0.1", "drop_0.25", "drop_0.5", "drop_0.5_independent"],
     "moments": ["dense", "copy", "dense_moments", "copy_moments"],
     "width of experts": ["dense", "virtual_group", "virtual_group_ungrouped", "virtual_group_4"],
     "copies": ["dense", "copy", "noise", "copy_every_other", "copy_top_1"],
+    "slices": ["dense", "virtual_group", "shuffle_slice", "shuffle_slice_redrawn"],
+    "two at once": [
+        "dense",
+        "virtual_group",
+        "copy_every_other",
+        "virtual_group_every_other",
+        "copy_every_other_moments",
+    ],
 }
 
 # A step of these experts takes 1.25 times the seconds of the dense step (benchmarks/equal_flops.py).
