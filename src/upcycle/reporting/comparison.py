@@ -148,14 +148,11 @@ class Comparison:
         training = checkpoint.training
         if training is None or training.run is None:
             return None
-        given, step = training.run, training.step
-
-        def fits(owner: tuple[Group, RunHistory]) -> tuple[bool, bool]:
-            return owner[1].table == given, owner[1].done >= step
-
-        runs = [(g, r) for g in self.groups for r in (*g.runs, *g.repeats)]
-        found = [owner for owner in runs if _lasting(owner[1].table) == _lasting(given) and any(fits(owner))]
-        return max(found, key=fits, default=None)
+        of_this = _lasting(training.run)
+        owners = [(g, r) for g in self.groups for r in (*g.runs, *g.repeats) if _lasting(r.table) == of_this]
+        same = [(group, run) for group, run in owners if run.table == training.run]
+        far_enough = [(group, run) for group, run in same or owners if run.done >= training.step]
+        return next(iter(far_enough or same), None)
 
 
 def _lasting(table: Mapping[str, Any]) -> tuple[Any, Any]:

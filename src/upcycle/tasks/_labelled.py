@@ -127,8 +127,7 @@ def as_the_head(found: Set, subject: Subject) -> Set:
             f"numbers decide: {listed([f'{name} is {own}' for name, own in zip(names, known, strict=True)])}"
         )
         return found
-    folded = [name.casefold() for name in known]
-    odd = max(names, key=lambda name: (folded.count(name.casefold()) != 1, known.count(name) != 1))
+    odd = _odd(names, known)
     without = "store its numbers without names if they are the head's, " if numbered else ""
     raise UpcycleError(
         f"{found.name} has the class {odd!r}, and the model's head {_instead(odd, known)} (id2label in its "
@@ -147,6 +146,13 @@ def _places(names: Sequence[str], known: Sequence[str]) -> list[int] | None:
         if len({*here}) == len({*names}) and all(there.count(name) == 1 for name in here):
             return [there.index(name) for name in here]
     return None
+
+
+def _odd(names: Sequence[str], known: Sequence[str]) -> str:
+    """Return the class to blame: one that the head has not once to the letter, best not in any letters."""
+    odd = [name for name in names if known.count(name) != 1]
+    folded = [name.casefold() for name in known]
+    return ([name for name in odd if folded.count(name.casefold()) != 1] or odd or names)[0]
 
 
 def _foreign(names: Sequence[str], known: Sequence[str]) -> bool:
