@@ -110,6 +110,7 @@ class Continuation:
     core: Sequence[str]  # the variants that answer the question of the experiment
     results: Path
     default: int  # the start that is used if none is named
+    runs: str = "runs"  # the folder of the runs
     extra: float = 0.3  # training FLOPs after the start, relative to those of the start
     decay: float = 0.25  # the share of these at the end with a falling rate
     points: int = 16  # evaluations per run
@@ -137,7 +138,7 @@ class Continuation:
         dense = self.start.table(folder)
         made = dense | {
             "source": str(self.start.at(folder, start)),
-            "out": str(folder / "runs" / f"{start}-{variant}-{seed}"),
+            "out": str(folder / self.runs / f"{start}-{variant}-{seed}"),
             "from_scratch": False,
             "seed": seed,
             "schedule": {
