@@ -1,4 +1,4 @@
-"""What came out of a `Continuation`: gaps to the dense continuation, crossings, tables and figures."""
+"""What came out of a `Continuation`: gaps to dense continuation, when they turn, tables and figures."""
 
 from __future__ import annotations
 
@@ -93,19 +93,45 @@ class Outcome:
         """Return mean and standard error of `gaps`; the error is None for one seed."""
         return common.mean_and_error(self.gaps(start, variant, score))
 
-    def crossing(self, start: int, variant: str) -> float | None:
-        """Return the extra FLOPs, relative to the start's, from which the mean curve stays below the dense
-        one.
+    def course(self, start: int, variant: str) -> np.ndarray:
+        """Return how the held-out loss stands to that of dense continuation on the way.
 
-        The dense curve is interpolated between its points; the answer is a point of the variant's. None if
-        the variant ends above it, or after it.
+        The points [points, (extra FLOPs relative to the start's, mean gap, two standard errors)] are those of
+        the variant, from the first that spent as much as dense continuation. A gap is that of one seed, with
+        the dense curve interpolated between its points. The error of a single seed counts as 0.
         """
-        theirs, ours = (np.mean(self.share(start, name), axis=0) for name in ("dense", variant))
-        below = ours[:, 1] < np.interp(ours[:, 0], theirs[:, 0], theirs[:, 1])
-        if not below[-1] or ours[-1, 0] > 1.01 * theirs[-1, 0]:
+        dense = {
+            run["seed"]: curve
+            for run, curve in zip(self[start, "dense"], self.share(start, "dense"), strict=True)
+        }
+        pairs = [
+            (curve, dense[run["seed"]])
+            for run, curve in zip(self[start, variant], self.share(start, variant), strict=True)
+            if run["seed"] in dense
+        ]
+        gaps = np.stack([ours[:, 1] - np.interp(ours[:, 0], *theirs.T) for ours, theirs in pairs])
+        error = gaps.std(0, ddof=1) / len(gaps) ** 0.5 if len(gaps) > 1 else np.zeros(gaps.shape[1])
+        x = pairs[0][0][:, 0]
+        return np.stack([x, gaps.mean(0), 2 * error], axis=1)[x >= 0]
+
+    def behind(self, start: int, variant: str) -> float | None:
+        """Return the extra FLOPs, relative to the start's, of the last point at which the variant is behind.
+
+        Behind and ahead mean by more than two standard errors. None if it never is.
+        """
+        behind = [x for x, gap, error in self.course(start, variant) if gap > error]
+        return float(behind[-1]) if behind else None
+
+    def ahead(self, start: int, variant: str) -> float | None:
+        """Return the extra FLOPs, relative to the start's, from which the variant is ahead to the end.
+
+        None if it does not end ahead, or ends after dense continuation.
+        """
+        x, gap, error = self.course(start, variant).T
+        if gap[-1] >= -error[-1] or x[-1] > 1.01 * self.share(start, "dense")[0][-1, 0]:
             return None
-        above = np.flatnonzero(~below)
-        return float(ours[above[-1] + 1 if len(above) else 0, 0])
+        others = np.flatnonzero(gap >= -error)
+        return float(x[others[-1] + 1 if len(others) else 0])
 
     def draw(
         self, path: Path, start: int, variants: Sequence[str], title: str, y: str, highest: float = np.inf
@@ -172,20 +198,25 @@ class Outcome:
         return [*self._head(), *(self._row(*key) for key in shown)]
 
     def _head(self) -> list[str]:
-        columns = ["start", "variant", "seeds", "loss at the start", "at the end", "less dense", "crosses at"]
+        columns = ["start", "variant", "seeds", "loss at the start", "at the end", "less dense"]
+        columns += ["behind until", "ahead from"]
         columns += [each for score in self.experiment.scores[1:] for each in (score, "less dense")]
         return [f"| {' | '.join(columns)} |", f"{'|---' * len(columns)}|"]
 
     def _row(self, start: int, name: str) -> str:
-        """Return the row of a variant: first and final loss, gap, crossing, and the other final scores."""
+        """Return the row of a variant: first and final loss, gaps on the way, and the other final scores."""
         each, dense = self[start, name], name == "dense"
         begins = common.mean_and_error([r["curve"][0][LOSS] for r in each])[0]
-        at = None if dense else self.crossing(start, name)
         cells = [str(start), name, str(len(each)), f"{begins:.3f}", self._end(start, name, LOSS)]
-        cells += ["", ""] if dense else [self._gap(start, name, LOSS), "no" if at is None else f"{at:.0%}"]
+        cells += [""] * 3 if dense else [self._gap(start, name, LOSS), *self._turns(start, name)]
         for score in range(LOSS + 1, LOSS + len(self.experiment.scores)):
             cells += [self._end(start, name, score), "" if dense else self._gap(start, name, score)]
         return f"| {' | '.join(cells)} |"
+
+    def _turns(self, start: int, name: str) -> list[str]:
+        """Return until when a variant is behind and from when it is ahead, as cells."""
+        turns = self.behind(start, name), self.ahead(start, name)
+        return ["no" if at is None else f"{at:.0%}" for at in turns]
 
     def _end(self, start: int, name: str, score: int) -> str:
         mean, error = common.mean_and_error([r["curve"][-1][score] for r in self[start, name]])

@@ -5,7 +5,7 @@ tokens per parameter. All other runs start from its checkpoints after 10, 40, 80
 parameter.
 
     python experiments/code/dense.py FOLDER
-    python experiments/code/dense.py FOLDER --publish 320     # the model of `upcycle demo`
+    python experiments/code/dense.py FOLDER --publish 160     # the model of `upcycle demo`
 """
 
 from __future__ import annotations

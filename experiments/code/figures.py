@@ -1,4 +1,4 @@
-"""Draw the figures of this experiment from `results.json`, and print its tables.
+"""Draw the figures of this experiment from `results.json` and `tenth.json`, and print its tables.
 
 python experiments/code/figures.py
 """
@@ -12,6 +12,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import run  # noqa: E402
+import tenth  # noqa: E402
 
 from outcome import Outcome  # noqa: E402
 
@@ -22,8 +23,9 @@ def read() -> Outcome:
 
 
 def main() -> None:
-    """Draw every figure and print the table of final losses."""
+    """Draw every figure and print the tables."""
     read().report("tokens per parameter", "nats per token", highest=3.5)
+    Outcome.of(tenth.EXPERIMENT).report("tokens per parameter", "nats per token", name="tenth")
 
 
 if __name__ == "__main__":

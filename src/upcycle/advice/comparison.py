@@ -21,9 +21,10 @@ UNREAD = "how many experts of a token and which layers it was found with is not 
 class Comparison:
     """Upcycling and dense continuation on one budget, in `tokens` or as a `share` of the dense cost.
 
-    `better` is None if they end level. If `ahead` is given, upcycling is ahead from that share on, and the
-    dense model before. `trained` is what the dense models had seen, in tokens per parameter, fewest and most;
-    None: not asked. `against` is the dense model that was trained on, if it was not the source.
+    `better` is None if they end level. If `ahead` is given, upcycling is ahead from that share on, the dense
+    model is up to `behind`, and between them they are level. `trained` is what the dense models had seen, in
+    tokens per parameter, fewest and most; None: not asked. `against` is the dense model that was trained on,
+    if it was not the source.
     """
 
     paper: str
@@ -36,6 +37,7 @@ class Comparison:
     tokens: float | None = None
     share: tuple[float, float] | None = None
     ahead: float | None = None
+    behind: float | None = None
     trained: tuple[float, float] | None = None
     against: str | None = None
 
@@ -46,8 +48,9 @@ class Comparison:
 
     def better_for(self, taken: float | None) -> Better:
         """Return what is ahead after a share of the dense cost; None if that is not told apart."""
-        behind = self.ahead is not None and taken is not None and taken < self.ahead
-        return "dense continuation" if behind else self.better
+        if self.ahead is None or taken is None or taken >= self.ahead:
+            return self.better
+        return "dense continuation" if self.behind is not None and taken <= self.behind else None
 
 
 def covering(situation: Situation, comparisons: Iterable[Comparison]) -> list[Comparison]:

@@ -102,7 +102,7 @@ def _by_run(situation: Situation, run: Comparison, rest: str) -> Verdict:
     same += f" against {run.against}" if run.against else ""
     like = f"on models like this one {same} ({run.paper}){_place_of_run(situation, run)}"
     if better is None:
-        said = f"Too close to call between dense continuation and upcycling, which end level {like}"
+        said = f"Too close to call between dense continuation and upcycling, which come out level {like}"
         rest += f"; {MEASURE}"
     else:
         init = f", {initialisation(situation)}," if better == "upcycling" else ""
@@ -111,14 +111,15 @@ def _by_run(situation: Situation, run: Comparison, rest: str) -> Verdict:
 
 
 def _place_of_run(situation: Situation, run: Comparison) -> str:
-    """Return how long the dense model of a result was trained, and from which share upcycling was ahead."""
+    """Return how long the dense model of a result was trained, and when upcycling was behind and ahead."""
     if run.trained is None or situation.share_of_cost is None:
         return ""
     said = f", the nearest of which had seen {rounded(run.trained[0])} tokens per parameter"
     if run.ahead is None:
         return said
     here, ahead = share(situation.share_of_cost), share(run.ahead)
-    return f"{said}: upcycling was ahead from {ahead} of the dense cost on, and this budget is {here}"
+    behind = "" if run.behind is None else f"behind until {share(run.behind)} and "
+    return f"{said}: upcycling was {behind}ahead from {ahead} of the dense cost on, and this budget is {here}"
 
 
 def _against_scratch(situation: Situation) -> tuple[Literal["below", "above", "disagree", "unknown"], str]:
