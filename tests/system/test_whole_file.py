@@ -59,3 +59,12 @@ def test_leftovers_of_one_file_go_and_those_of_others_stay(tmp_path):
         (tmp_path / name).touch()
     whole_file.clear_of(tmp_path / "a[1].bin")
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names)
+
+
+def test_two_machines_may_have_the_same_number_of_a_process(tmp_path):
+    """A folder on a network disk, filled by containers whose processes all have the number 1."""
+    with whole_file.making(tmp_path / "x") as ours, whole_file.making(tmp_path / "x") as theirs:
+        ours.write_text("ours")
+        theirs.write_text("theirs")
+    assert (tmp_path / "x").read_text() == "ours"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
@@ -376,6 +377,56 @@ def test_a_full_disk_stops_nothing_but_the_last_save(asynchronous, table, tmp_pa
     full = set()
     assert train(Run.of(table(**changes, out=str(tmp_path / "other"))), resume=True).finished
     assert losses(tmp_path / "other") == losses(tmp_path / "run")
+
+
+def out_of_memory(monkeypatch):
+    """No memory for the tensors of the second checkpoint."""
+    real, calls = saving.tensors_of, itertools.count(1)
+
+    def limited(*args):
+        if next(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(*args)
+
+    monkeypatch.setattr(saving, "tensors_of", limited)
+
+
+def out_of_names(monkeypatch):
+    """The second checkpoint cannot get its name."""
+    real = Path.rename
+
+    def limited(path, target):
+        if path.name == "step-4.partial":
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", limited)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize(
+    ("fails", "why"), [(out_of_memory, "no memory for a copy"), (out_of_names, "Disk quota exceeded")]
+)
+@pytest.mark.usefixtures("on_screen")
+def test_what_fails_before_and_after_writing_stops_nothing(
+    fails, why, asynchronous, table, tmp_path, monkeypatch, capsys
+):
+    fails(monkeypatch)
+    assert train(Run.of(table(checkpoint={"asynchronous": asynchronous}))).finished
+    said = " ".join(capsys.readouterr().err.split())
+    assert "step 4 could not be saved (" in said
+    assert why in said
+    assert [step for step, _ in saving.checkpoints(tmp_path / "run")] == [2, 6]
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
+
+
+def test_a_file_system_that_syncs_no_folders_keeps_checkpoints(table, tmp_path, monkeypatch):
+    def unsupported(folder):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(saving.whole_file, "sync_folder", unsupported)
+    assert train(Run.of(table())).finished
+    assert [step for step, _ in saving.checkpoints(tmp_path / "run")] == [2, 4, 6]
 
 
 def test_a_loss_that_is_no_number_stops_before_the_weights_change(table, tmp_path):

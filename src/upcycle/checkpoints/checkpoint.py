@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -133,9 +133,8 @@ class Checkpoint:
             view, position = view[count:], position + count
 
     def hashes(self) -> dict[str, str]:
-        """Return the SHA-256 of every weight file by name; for a hub file it is the hub's own LFS id."""
-        with ThreadPoolExecutor(2) as pool:
-            return dict(zip((f.name for f in self.files), pool.map(file_hash, self.files), strict=True))
+        """Return the SHA-256 of every weight file by name."""
+        return dict(zip((file.name for file in self.files), file_hashes(self.files), strict=True))
 
     def hash_read(self, file: Path, stop: threading.Event | None = None) -> str:
         """Return the SHA-256 of a file as it was when it was opened.
@@ -184,6 +183,12 @@ def file_hash(file: Path, stop: threading.Event | None = None) -> str:
             if stop is not None and stop.is_set():
                 break
     return digest.hexdigest()
+
+
+def file_hashes(files: Sequence[Path]) -> list[str]:
+    """Return the SHA-256 of each file, in hexadecimal; two are read at once."""
+    with ThreadPoolExecutor(2) as pool:
+        return [*pool.map(file_hash, files)]
 
 
 def _whole_number(digits: str) -> int:

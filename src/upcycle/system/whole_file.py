@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,10 +27,11 @@ def named(path: Path) -> Iterator[None]:
 def making(path: Path) -> Iterator[Path]:
     """Yield the name under which the file `path` is made; it gets its own name at the end of the block.
 
-    The folder is created. If the block raises, nothing is left of the file, and an older one stays.
+    The folder is created. If the block raises, nothing is left of the file, and an older one stays. No two
+    such names are the same, although processes on two machines may have the same number.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
         yield partial
         partial.replace(path)

@@ -30,6 +30,7 @@ from upcycle.training import (
 from upcycle.training.anatomy import Anatomy
 from upcycle.training.course import Course
 from upcycle.training.feeds import Feeds
+from upcycle.training.hashing import hashes_of
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers
 from upcycle.training.run import Run
@@ -185,8 +186,7 @@ def _refuse_other_teacher(before: RunState | None, begun: Start, here: Ranks) ->
         return
     checkpoint = begun.teacher.checkpoint
     then = before.source_sha256.get(checkpoint.label)
-    now = here.share(dict(checkpoint.hashes()) if here.first else None)
-    if now != then:
+    if hashes_of([checkpoint], here)[checkpoint.label] != then:
         raise UpcycleError(
             f"the teacher {checkpoint.name} has changed since step {before.step} was saved; put it back as "
             f"it was, or start a new run"
@@ -197,13 +197,13 @@ def _refuse_other_teacher(before: RunState | None, begun: Start, here: Ranks) ->
 def _sources_kept(begun: Start, here: Ranks, before: RunState | None) -> Iterator[Hashes | None]:
     """Yield the hashes of the files that a run starts from; these must not change while they are read.
 
-    Yields None for a resumed run, which keeps its recorded hashes, and on all ranks but the first.
+    Yields None for a resumed run, which keeps its recorded hashes.
     """
-    if before is not None or not here.first:
+    if before is not None:
         yield None
         return
     files = [file for opened in begun.checkpoints for file in opened.files]
     stamped = stamps.stamps(files)
-    yield {opened.label: opened.hashes() for opened in begun.checkpoints}
+    yield hashes_of(begun.checkpoints, here)
     if changed := [path for path in stamped if stamps.stamp(Path(path)) != stamped[path]]:
         raise UpcycleError(f"{listed(changed)} changed while it was read; begin again")

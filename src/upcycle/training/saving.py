@@ -7,12 +7,13 @@ the SHA-256 of the others. It is written as `step-N.partial` and renamed when al
 from __future__ import annotations
 
 import io
+import math
 import re
 import shutil
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,20 @@ def save(
     checkpoints beyond `keep` are removed once the new one is in place.
     """
     with alone():
-        return write(out, tensors_of(model, optimizer), state, ranks, keep)
+        tensors, reason = agreed(lambda: tensors_of(model, optimizer), ranks)
+        return reason if tensors is None else write(out, tensors, state, ranks, keep)
+
+
+def agreed(make: Callable[[], Any], ranks: Ranks) -> tuple[Any, str | None]:
+    """Return what `make` returns; on every rank None and a reason if a rank has no memory for it."""
+    made, reason = None, None
+    try:
+        made = make()
+    except (MemoryError, RuntimeError) as error:  # torch says a lack of memory with RuntimeError
+        reason = f"no memory for a copy: {_root(error)}"
+    if ranks.any(reason is not None):
+        return None, reason or "another process has no memory for a copy"
+    return made, None
 
 
 def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -132,6 +146,8 @@ def write(
         whole = replace(state, sha256={name: digest for _, part in told for name, digest in part.items()})
         try:
             whole_file.write_json(partial / RunState.FILE, whole.sealed().as_table())
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
         except OSError as error:
             reason = _root(error)
     if ranks.any(reason is not None):
@@ -139,9 +155,8 @@ def write(
             shutil.rmtree(partial, ignore_errors=True)
         return reason or "another process could not write its part"
     if ranks.first:
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        whole_file.sync_folder(final.parent)
+        with suppress(OSError):  # some file systems sync no folder; the checkpoint is there
+            whole_file.sync_folder(final.parent)
         for _, old in checkpoints(out)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     ranks.barrier()
@@ -251,15 +266,38 @@ def alone() -> Iterator[None]:
 
 
 def _contiguous(state: Any) -> Any:
-    """Redistribute strided shards (packed gate and up under TP): DCP describes a shard as one rectangle."""
+    """Redistribute shards that are not one rectangle of their tensor, because DCP describes only such.
+
+    Packed gate and up under TP are such shards. Experts under FSDP over expert parallelism are not, and a
+    copy of them would be as large as all that is saved.
+    """
 
     def plain(value: Any) -> Any:
-        if not isinstance(value, DTensor):
+        if not isinstance(value, DTensor) or _is_rectangle(value):
             return value
         placements = tuple(Shard(p.dim) if hasattr(p, "dim") else p for p in value.placements)
-        return value if placements == value.placements else value.redistribute(placements=placements)
+        return value.redistribute(placements=placements)
 
     return tree_map(plain, state)
+
+
+def _is_rectangle(tensor: DTensor) -> bool:
+    """Return whether the shard of a rank is one rectangle of the tensor.
+
+    A strided shard is one if its stride only says that later axes of the mesh cut the same dimension first,
+    and if all cuts are even.
+    """
+    placements, sizes = tensor.placements, tensor.device_mesh.shape
+    cut = [getattr(placement, "dim", None) for placement in placements]
+    for axis, placement in enumerate(placements):
+        if (stride := getattr(placement, "split_factor", None)) is None:
+            continue
+        alike = [other for other, dim in enumerate(cut) if dim == cut[axis]]
+        if stride != math.prod(sizes[other] for other in alike if other > axis):
+            return False
+        if tensor.shape[cut[axis]] % math.prod(sizes[other] for other in alike):
+            return False
+    return True
 
 
 def _as(value: Any, like: Any) -> Any:

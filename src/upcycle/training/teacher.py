@@ -26,6 +26,7 @@ from upcycle.tasks import Batch, Question, Task
 from upcycle.tensors.entries import Entry
 from upcycle.training import kept_logits
 from upcycle.training.distillation import Largest, Lesson, Unheaded, Whole
+from upcycle.training.hashing import hashes_of
 from upcycle.training.kept_logits import Arrays
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
@@ -164,7 +165,7 @@ def teaching(
         return Largest.of(Beside(model=model).logits(question), count, temperature)
 
     about = {
-        "files": ranks.share(dict(dense.checkpoint.hashes()) if ranks.first else None),
+        "files": hashes_of([dense.checkpoint], ranks)[dense.checkpoint.label],
         "top_logits": count, "temperature": temperature, "precision": precision, "task": task.name,
         "sequence_length": run.train.sequence_length, "isolate": run.data.isolate,
     }  # fmt: skip

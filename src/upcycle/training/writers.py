@@ -13,7 +13,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -97,15 +96,11 @@ class BesideSteps(Writer):
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: RunState) -> None:
         self.wait()
-        tensors = saving.tensors_of(model, optimizer)
-        copy: Any = None
-        reason = None
-        try:
-            copy = self._stager.stage(tensors)
-        except (MemoryError, RuntimeError) as error:  # torch says a lack of memory with RuntimeError
-            reason = f"no memory for a copy: {str(error).splitlines()[0]}"
-        if self._ranks.any(reason is not None):  # or the others would wait in their threads
-            self._note(state.step, reason or "another process has no memory for a copy")
+        copy, reason = saving.agreed(
+            lambda: self._stager.stage(saving.tensors_of(model, optimizer)), self._ranks
+        )
+        if reason is not None:  # on every rank, or the others would wait in their threads
+            self._note(state.step, reason)
             return
         work = self._thread.submit(saving.write, self._out, copy, state, self._beside, self._keep, self._stop)
         self._under_way = state.step, work
