@@ -288,7 +288,7 @@ def _is_rectangle(tensor: DTensor) -> bool:
     and if all cuts are even.
     """
     placements, sizes = tensor.placements, tensor.device_mesh.shape
-    cut = [getattr(placement, "dim", None) for placement in placements]
+    cut: list[Any] = [getattr(placement, "dim", None) for placement in placements]
     for axis, placement in enumerate(placements):
         if (stride := getattr(placement, "split_factor", None)) is None:
             continue
