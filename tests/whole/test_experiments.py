@@ -184,7 +184,10 @@ def test_committed_results_are_of_the_variants_in_the_table(script):
         assert {run["variant"]: run["changes"] for run in runs} == study.variants
 
 
-@pytest.mark.parametrize("script", ["code", "encoder", "vision", "vision/jetpack"], indirect=True)
+CONTINUATIONS = ["code", "code/tenth", "encoder", "vision", "vision/jetpack"]
+
+
+@pytest.mark.parametrize("script", CONTINUATIONS, indirect=True)
 def test_the_page_of_an_experiment_has_its_table(script):
     """Rows are those of the committed runs; an experiment that has none says so."""
     outcome = importlib.import_module("outcome").Outcome.of(script.EXPERIMENT)
@@ -192,7 +195,7 @@ def test_the_page_of_an_experiment_has_its_table(script):
     assert {*outcome.table()} <= {*page} if outcome.runs else "**Not run yet.**" in "\n".join(page)
 
 
-@pytest.mark.parametrize("script", ["code", "encoder", "vision", "vision/jetpack"], indirect=True)
+@pytest.mark.parametrize("script", CONTINUATIONS, indirect=True)
 def test_questions_are_about_variants(script):
     asked = {name for names in script.EXPERIMENT.questions.values() for name in names}
     assert asked <= {*script.EXPERIMENT.variants}
@@ -212,6 +215,20 @@ def test_a_recipe_of_our_own_runs_is_that_of_the_run(script, recipe, variant):
     changes = script.EXPERIMENT.variants[variant]
     ran = {key: changes[key] for key in ("moe", "init", "router") if key in changes}
     assert Recipe.load(ROOT.parent / "recipes" / f"{recipe}.toml") == Recipe.of(ran)
+
+
+@pytest.mark.parametrize("script", ["code/tenth"], indirect=True)
+def test_a_tenth_of_the_flops_has_a_falling_rate_of_its_own(script, monkeypatch):
+    """Its runs take no folder of the longer ones, and their rate falls over the last quarter."""
+    monkeypatch.setattr(script.run.dense.corpus, "write", lambda _: {"held_out": 0.1})
+    files = [
+        each.run_file(Path("f"), 40, "dense", 0, 80) for each in (script.EXPERIMENT, script.run.EXPERIMENT)
+    ]
+    short, long = files
+    assert short["out"] != long["out"]
+    assert short["schedule"] == long["schedule"]
+    assert short["schedule"]["decay"] == 20
+    assert (script.EXPERIMENT.budget("dense"), script.run.EXPERIMENT.budget("dense")) == (0.1, 0.3)
 
 
 @pytest.mark.parametrize("script", ["code/law"], indirect=True)
