@@ -42,6 +42,9 @@ REFUSED = {
     "gemma3n": "its blocks predict and correct several streams (AltUp), which was never tried",
 }
 
+# Kinds of rotation that know the length of the first training, which may stand beside their table.
+_LENGTHENED = {"llama3", "yarn", "longrope"}
+
 # Model types that are another one's class in transformers, under another name.
 SAME = {"internlm3": "llama", "iquestcoder": "llama"}
 
@@ -281,7 +284,11 @@ def names() -> list[str]:
 
 
 def rope_parameters(raw: Mapping[str, Any], default_theta: float) -> dict[str, Any]:
-    """Return the rotary settings of a config.json, in either spelling, as a new dict in the new spelling."""
+    """Return the rotary settings of a config.json, in either spelling, as a new dict in the new spelling.
+
+    The length of the first training is in it, too; if config.json has it at its top as well, that one counts,
+    as in transformers.
+    """
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     theta = raw.get("rope_theta") or default_theta
     if not isinstance(given, Mapping) or not isinstance(theta, (int, float)):
@@ -296,6 +303,9 @@ def rope_parameters(raw: Mapping[str, Any], default_theta: float) -> dict[str, A
     rope.setdefault("rope_theta", theta)
     if (share := raw.get("partial_rotary_factor")) is not None:
         rope.setdefault("partial_rotary_factor", share)
+    first = raw.get("original_max_position_embeddings")
+    if rope["rope_type"] in _LENGTHENED and first is not None:
+        rope["original_max_position_embeddings"] = first
     return rope
 
 

@@ -39,7 +39,8 @@ class CWM(WithoutSinks):
         if "rope_scaling" not in raw and "rope_parameters" not in raw:
             config["rope_parameters"] = {
                 "rope_type": "llama3", "rope_theta": self.theta, "factor": 16.0, "high_freq_factor": 4.0,
-                "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": config.get("original_max_position_embeddings", 8192),
             }  # fmt: skip
         return config
 

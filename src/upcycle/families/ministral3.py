@@ -34,7 +34,8 @@ class Ministral3(Decoder):
         if "rope_scaling" not in raw and "rope_parameters" not in raw:
             config["rope_parameters"] = {
                 "rope_type": "yarn", "rope_theta": 1_000_000.0, "factor": 16.0, "beta_fast": 32.0,
-                "beta_slow": 1.0, "original_max_position_embeddings": 16384, "llama_4_scaling_beta": 0.1,
+                "beta_slow": 1.0, "llama_4_scaling_beta": 0.1,
+                "original_max_position_embeddings": config.get("original_max_position_embeddings", 16384),
                 "max_position_embeddings": 16384, "mscale": 1.0, "mscale_all_dim": 1.0,
             }  # fmt: skip
         return config
