@@ -28,8 +28,9 @@ _MASKED = {"full_attention", "sliding_attention"}  # kinds of layers that read n
 SILENT = frozenset(
     "architectures model_type transformers_version torch_dtype dtype use_cache _name_or_path "
     "pretraining_tp auto_map id2label label2id return_dict output_attentions output_hidden_states "
-    "rope_theta rope_scaling rope_parameters _attn_implementation is_encoder_decoder problem_type "
-    "chunk_size_feed_forward _attn_implementation_autoset unsloth_version unsloth_fixed".split()
+    "rope_theta rope_local_base_freq rope_scaling rope_parameters _attn_implementation "
+    "is_encoder_decoder problem_type chunk_size_feed_forward _attn_implementation_autoset "
+    "unsloth_version unsloth_fixed".split()
 )
 
 # Ends of the names of classes that predict the next token; other classes called LMHeadModel read both ways.
@@ -43,7 +44,7 @@ REFUSED = {
 }
 
 # Kinds of rotation that know the length of the first training, which may stand beside their table.
-_LENGTHENED = {"llama3", "yarn", "longrope"}
+LENGTHENED = {"llama3", "yarn", "longrope"}
 
 # Model types that are another one's class in transformers, under another name.
 SAME = {"internlm3": "llama", "iquestcoder": "llama"}
@@ -67,6 +68,7 @@ class Family(abc.ABC):
     inexact: Mapping[str, str] = {}  # native targets that look right and are not, and why
     defaults: Mapping[str, Any]  # what transformers assumes for keys missing from config.json
     reads: frozenset[str] = frozenset()  # keys of config.json that it reads besides those of `defaults`
+    spellings: frozenset[str] = frozenset()  # keys among them that say in other words what another key says
     counts: tuple[str, ...] = ("num_hidden_layers",)  # keys of config.json that are numbers of blocks
     numbers: tuple[str, ...] = ()  # keys of config.json that are the number of a block
     per_block: tuple[str, ...] = ()  # keys of config.json that are lists with one entry per block
@@ -108,6 +110,10 @@ class Family(abc.ABC):
         (for models of text), `hidden_size`, `intermediate_size`, `num_hidden_layers`, `num_attention_heads`,
         `hidden_act` and `tie_word_embeddings`. Raises `UpcycleError` for a config that does not fit.
         """
+
+    def compared(self, config: Config) -> Config:
+        """Return the settings by which two models are told apart, in one form whatever spelling they had."""
+        return {key: value for key, value in config.items() if key not in self.spellings}
 
     @abc.abstractmethod
     def weights(self, config: Config) -> Weights:
@@ -304,7 +310,7 @@ def rope_parameters(raw: Mapping[str, Any], default_theta: float) -> dict[str, A
     if (share := raw.get("partial_rotary_factor")) is not None:
         rope.setdefault("partial_rotary_factor", share)
     first = raw.get("original_max_position_embeddings")
-    if rope["rope_type"] in _LENGTHENED and first is not None:
+    if rope["rope_type"] in LENGTHENED and first is not None:
         rope["original_max_position_embeddings"] = first
     return rope
 

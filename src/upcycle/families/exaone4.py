@@ -13,6 +13,7 @@ class Exaone4(Decoder):
     architectures = ("Exaone4ForCausalLM",)
     summary = "EXAONE 4"
     reads = Decoder.reads | {"sliding_window_pattern"}
+    spellings = Decoder.spellings | {"sliding_window_pattern"}
     natives = ()
     no_native = "exaone_moe lacks its post-norms"
     norms = ("post_attention_layernorm", "post_feedforward_layernorm")

@@ -15,6 +15,7 @@ class Lfm2(Decoder):
     summary = "Liquid LFM2, 350M to 2.6B"
     natives = ("lfm2_moe",)
     reads = Decoder.reads | {"block_ff_dim", "tie_embedding", "full_attn_idxs"}
+    spellings = Decoder.spellings | {"block_ff_dim", "tie_embedding", "full_attn_idxs"}
     theta = 1_000_000.0
     norms = ("operator_norm", "ffn_norm")
     network_norm = "ffn_norm"

@@ -27,6 +27,7 @@ class Qwen2(Decoder):
     natives = ("qwen2_moe", "granitemoe")
     tokenizer = "Qwen2Tokenizer always"
     numbers = ("max_window_layers",)
+    spellings = Decoder.spellings | {"max_window_layers"}
     assumed = sizes(151_936, 4096, 22016, 32, 32)
     defaults = {
         "hidden_act": "silu",
