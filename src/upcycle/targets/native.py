@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from upcycle.checkpoints import dtypes
 from upcycle.errors import UpcycleError, listed
 from upcycle.families import Config, Family
+from upcycle.families._decoder import Decoder
 from upcycle.families._training import Trained
 from upcycle.families._weights import AsMade, Initial, Matrix, Weight
 from upcycle.families._wrappers import Wrapper
@@ -64,6 +65,7 @@ class Native(WithExperts):
     router: str  # name of the router weight [E, H] below the layer's prefix
     blocks: str = "model.layers."  # what the names of the layers begin with
     part: str = "mlp"  # a network that stays dense, by its name in a layer
+    network: Mapping[str, str] = field(default_factory=lambda: dict(Decoder.network))  # its matrices
     fields: tuple[str, ...]  # config fields besides COMMON that the dense config gives
     num_experts_field: str = "num_experts"
     top_k_field: str = "num_experts_per_tok"
@@ -190,7 +192,9 @@ class Native(WithExperts):
                 made = _moe_layer.tensors(models, moe[layer], recipe, self, every)
             else:
                 network = family.feed_forward(config, layer, every)
-                made = {f"{self.part}.{name}_proj.weight": m for name, m in network.matrices().items()}
+                made = {
+                    f"{self.part}.{self.network[name]}.weight": m for name, m in network.matrices().items()
+                }
             _moe_layer.add(out, f"{self.blocks}{layer}", made)
         return out
 
@@ -245,7 +249,7 @@ class Native(WithExperts):
         """Return one block, given its tensors by their names in it."""
         experts = self.layout.read(tensors)
         router = tensors[self.router] if experts else None
-        up = experts[0].up if experts else tensors[f"{self.part}.{self.layout.first}_proj.weight"]
+        up = experts[0].up if experts else tensors[f"{self.part}.{self.network[self.layout.first]}.weight"]
         return Block(stack="layers", layer=number, experts=experts, router=router, up=up)
 
     def made(self, name: str, shape: tuple[int, ...]) -> Weight:
