@@ -145,6 +145,7 @@ def test_variants_of_a_config(variant, dense, batch, tmp_path):
         ("llama", "granitemoe", {}),
         ("llama", "granitemoe", {"attention_bias": True}),
         ("qwen2", "granitemoe", {}),
+        ("qwen2", "qwen2_moe", {"use_sliding_window": True, "sliding_window": None}),
     ],
 )
 def test_other_targets(model_type, target, changes, dense, batch, tmp_path):

@@ -68,7 +68,10 @@ class Qwen2(Decoder):
         return super().refusal(config, native)
 
     def native_config(self, config: Config, native: str) -> Config:
-        return as_granite({**config, "attention_bias": True}) if native == "granitemoe" else config
+        if native == "granitemoe":
+            return as_granite({**config, "attention_bias": True})
+        # Its class needs a window if it is told to use one, which this config may not have.
+        return {**config, "use_sliding_window": "sliding_attention" in config["layer_types"]}
 
 
 family = Qwen2()
