@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -153,6 +154,31 @@ def test_other_targets(model_type, target, changes, dense, batch, tmp_path):
     ids, mask = batch
     convert(source, tmp_path / "moe", Recipe.of(moe={"target": target}, router={"std": 0.5}))
     assert difference(logits(source, ids, mask), logits(tmp_path / "moe", ids, mask), mask) < 1e-5
+
+
+def test_a_router_whose_scores_are_too_small_for_lfm2_moe_is_promised_nothing(dense, batch, tmp_path):
+    """Its class adds 1e-6 to the sum of scores that it divides by."""
+    ids, mask = batch
+    source = dense("lfm2")
+    expected = logits(source, ids, mask)
+    for std, top_k, kept in (
+        (0.0, 1, True),
+        (0.05, 1, True),
+        (0.05, 2, True),
+        (1.0, 1, False),
+        (1.0, 2, False),
+    ):
+        out = tmp_path / f"{std} {top_k}"
+        recipe = Recipe.of(moe={"num_experts": 4, "top_k": top_k}, router={"std": std})
+        built = convert(source, out, recipe)
+        assert built.preserves_function == kept, (std, top_k)
+        if kept:
+            assert difference(expected, logits(out, ids, mask), mask) < 1e-5
+    recipe = Recipe.of(moe={"num_experts": 8, "top_k": 2})
+    router, (site, *_) = recipe.router, blueprint(source, recipe).sites
+    wide = dataclasses.replace(site, hidden=2048)
+    assert natives.find("lfm2_moe").divides_exactly(wide, router)
+    assert not natives.find("lfm2_moe").divides_exactly(wide, dataclasses.replace(router, std=0.1))
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

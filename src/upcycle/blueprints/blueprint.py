@@ -200,6 +200,7 @@ class Blueprint:
             and gate == 1.0
             and (gated or up == 1.0)
             and router.reaches_all(count, top_k)
+            and self.target.divides_exactly(site, router)
             and (
                 router.sums_to_one(count, top_k)
                 or (site.uniform_router and router.rescale)

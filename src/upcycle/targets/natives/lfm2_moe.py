@@ -30,6 +30,7 @@ native = Native(
     fields=("intermediate_size", "norm_eps", "conv_bias", "conv_L_cache", "layer_types"),
     width_field="moe_intermediate_size",
     renormalizes="always",
+    added=1e-6,
     constants={
         "num_dense_layers": 0, "use_expert_bias": True, "routed_scaling_factor": 1.0, "norm_topk_prob": True,
     },
