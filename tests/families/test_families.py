@@ -72,6 +72,14 @@ def test_what_transformers_saves_is_told_apart_from_nothing(model_type, tmp_path
         assert here.get(key) == there.get(key), key
 
 
+def test_an_exaone_without_a_window_is_read_as_it_was_saved(dense):
+    """transformers writes that no layer in 0 has full attention, and lists the layers, which all have."""
+    source = dense("exaone4", sliding_window=None, layer_types=["full_attention"] * 4)
+    assert json.loads((source / "config.json").read_text())["sliding_window_pattern"] == 0
+    built = blueprint(source, Recipe.of(moe={"num_experts": 2, "target": "upcycled"}))
+    assert built.dense.config["layer_types"] == ["full_attention"] * 4
+
+
 # What transformers saves and our config.json does not say: version, a second name for the number of
 # experts, what layer_types or other sizes say already, limits that are none, a token id and flags
 # that nothing reads, layers that predict several tokens and are not there.
