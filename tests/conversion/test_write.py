@@ -125,6 +125,7 @@ def test_code_beside_the_source_is_not_asked_for(moe, dense, tmp_path):
     code = {"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.XForCausalLM"}
     (source / "config.json").write_text(json.dumps({**config, "auto_map": code}))
     built = convert(source, tmp_path / "out", Recipe.of(moe=moe))
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert type(opened).__name__ == built.target.architecture
     assert verify(source, tmp_path / "out").holds
