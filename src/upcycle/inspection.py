@@ -12,19 +12,19 @@ import numpy as np
 from upcycle import targets
 from upcycle.blueprints.making import blueprint
 from upcycle.checkpoints.checkpoint import Checkpoint
-from upcycle.checkpoints.dtypes import TORCH_NAMES
+from upcycle.checkpoints.dtypes import ITEMS, TORCH_NAMES
 from upcycle.checkpoints.hub import open_checkpoint
-from upcycle.dense import mixtures
-from upcycle.dense.admission import admit, has_experts, that_find
+from upcycle.dense import mixtures, places
+from upcycle.dense.admission import admit, has_experts, refuse_packed, refuse_quantised, that_find
 from upcycle.dense.source import Dense
-from upcycle.errors import UpcycleError, listed
+from upcycle.errors import UpcycleError, listed, shown
 from upcycle.families._wrappers import TEXT, config_key
 from upcycle.nn import router_rows, routers
 from upcycle.nn.router_rows import RouterRows
 from upcycle.recipe import Recipe
 from upcycle.records.provenance import Provenance
 from upcycle.system.wording import place_of
-from upcycle.targets import Block, Target
+from upcycle.targets import Block, Target, natives
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy, Stored, blocks
 
@@ -45,6 +45,7 @@ def inspect(
         notes: list[str] = []
         target = targets.opened(opened.config)
         if target is None:
+            _refuse_unknown_mixture(opened)
             layers = _dense_layers(admit(opened, drop=drop))
         else:
             dense = _dense_source(source, made, opened.folder, target.parts, drop, notes)
@@ -73,6 +74,8 @@ def _layers_with_experts(
     try:
         tensors: dict[str, Lazy] = {n: Stored(opened, info) for n, info in opened.tensors.items()}
         _refuse_empty(opened)
+        refuse_quantised(opened)
+        refuse_packed(opened, (n for n, info in opened.tensors.items() if info.dtype not in ITEMS))
         parts = target.layers(opened.config, tensors, opened.folder)
         for part in parts:
             _refuse_odd_shapes(part)
@@ -95,6 +98,17 @@ def _layers_with_experts(
     finally:
         for each in dense.values():
             each.checkpoint.close()
+
+
+def _refuse_unknown_mixture(opened: Checkpoint) -> None:
+    """Refuse a Mixture of Experts of a type that no target has."""
+    raw = opened.config
+    own = places.own_config(raw) if places.is_wrapper(raw) else raw
+    if has_experts(own):
+        raise UpcycleError(
+            f"{opened.folder} is a Mixture of Experts of the type {shown(own.get('model_type'))}, whose "
+            f"tensors inspect does not know; it reads upcycled ones and {', '.join(natives.names())}"
+        )
 
 
 def _refuse_empty(opened: Checkpoint) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -145,6 +146,7 @@ def test_variants_of_a_config(variant, dense, batch, tmp_path):
         ("llama", "granitemoe", {}),
         ("llama", "granitemoe", {"attention_bias": True}),
         ("qwen2", "granitemoe", {}),
+        ("qwen2", "qwen2_moe", {"use_sliding_window": True, "sliding_window": None}),
     ],
 )
 def test_other_targets(model_type, target, changes, dense, batch, tmp_path):
@@ -152,6 +154,68 @@ def test_other_targets(model_type, target, changes, dense, batch, tmp_path):
     ids, mask = batch
     convert(source, tmp_path / "moe", Recipe.of(moe={"target": target}, router={"std": 0.5}))
     assert difference(logits(source, ids, mask), logits(tmp_path / "moe", ids, mask), mask) < 1e-5
+
+
+def test_a_router_whose_scores_are_too_small_for_lfm2_moe_is_promised_nothing(dense, batch, tmp_path):
+    """Its class adds 1e-6 to the sum of scores that it divides by."""
+    ids, mask = batch
+    source = dense("lfm2")
+    expected = logits(source, ids, mask)
+    for std, top_k, kept in (
+        (0.0, 1, True),
+        (0.05, 1, True),
+        (0.05, 2, True),
+        (1.0, 1, False),
+        (1.0, 2, False),
+    ):
+        out = tmp_path / f"{std} {top_k}"
+        recipe = Recipe.of(moe={"num_experts": 4, "top_k": top_k}, router={"std": std})
+        built = convert(source, out, recipe)
+        assert built.preserves_function == kept, (std, top_k)
+        if kept:
+            assert difference(expected, logits(out, ids, mask), mask) < 1e-5
+    recipe = Recipe.of(moe={"num_experts": 8, "top_k": 2})
+    router, (site, *_) = recipe.router, blueprint(source, recipe).sites
+    wide = dataclasses.replace(site, hidden=2048)
+    assert natives.find("lfm2_moe").divides_exactly(wide, router)
+    assert not natives.find("lfm2_moe").divides_exactly(wide, dataclasses.replace(router, std=0.1))
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"type": "yarn", "factor": 4.0}
+INSIDE = {"original_max_position_embeddings": 32}
+LONG = {"type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "target", "scaling"),
+    [
+        ("llama", "granitemoe", YARN),
+        ("llama", "granitemoe", LLAMA3 | INSIDE),
+        ("llama", "mixtral", YARN | INSIDE),
+        ("qwen2", "qwen2_moe", YARN),
+        ("qwen3", "qwen3_moe", YARN | INSIDE),
+        ("smollm3", "granitemoe_swa", LONG),
+        ("cwm", "upcycled", None),
+    ],
+)
+def test_the_length_of_the_first_training_at_the_top_of_a_config(
+    model_type, target, scaling, dense, tmp_path
+):
+    """It counts more than the one in the table, which may be missing there; 40 tokens lie beyond it."""
+    source = shutil.copytree(dense(model_type), tmp_path / "dense")
+    raw = json.loads((source / "config.json").read_text())
+    del raw["rope_parameters"]
+    raw["original_max_position_embeddings"] = 16
+    if scaling is not None:
+        raw |= {"rope_scaling": scaling, "rope_theta": 1e4}
+    (source / "config.json").write_text(json.dumps(raw))
+    built = convert(source, tmp_path / "moe", Recipe.of(moe={"num_experts": 4, "target": target}))
+    assert built.preserves_function
+    assert built.dense.config["rope_parameters"]["original_max_position_embeddings"] == 16
+    ids = torch.arange(3, 43)[None]
+    found = difference(logits(source, ids), logits(tmp_path / "moe", ids), torch.ones_like(ids))
+    assert found < 1e-5
 
 
 @pytest.mark.parametrize("model_type", quick(["qwen2", "qwen3", "ernie4_5", "cohere2"], "qwen2", "ernie4_5"))

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from heard import Counted
 from marks import quick, sampled
-from tiny import make
+from tiny import make, make_headers
 from upcycle import cli, families
 from upcycle.calibration import calibration, sweep
 from upcycle.calibration.calibration import ToCalibrate, calibrate
@@ -507,6 +507,18 @@ def test_statistics_know_their_checkpoint(collect, data, tmp_path):
         refuse(make(tmp_path / "seed", "ViTForImageClassification", seed=1))
     with pytest.raises(UpcycleError, match="other names, shapes or types of tensors"):
         refuse(data / "llama")
+
+
+def test_a_plain_model_is_known_by_what_it_was_always_known_by(tmp_path):
+    """Statistics that were measured before stay valid: these are the hashes of the first version."""
+    sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2}
+    folder = make_headers(tmp_path / "dense", {"model_type": "llama", "num_hidden_layers": 1, **sizes})
+    with Checkpoint.open(folder) as opened:
+        assert admit(opened).fingerprint == {
+            "config": "87235263140f1c93dc04f7c45ed833cb5fd6d339c2ed8a5b7ae06cb9d108d4d4",
+            "tensors": "4131f39ce1054e4fa94128315d45ef6415e6616738b95a31d2f83e82273091dc",
+            "content": "2127f2dbfb83f4c2e9d3aa6928b2abe5ae4465fdbd6368b273291d307ee2fd6b",
+        }
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,15 @@ def test_rounding_is_said(dense, tmp_path):
     assert wider.logits["random"].source_difference is None
 
 
+@pytest.mark.parametrize("model_type", ["gemma", "gemma3_text"])
+def test_what_is_stored_is_rounded_and_nothing_else(model_type, dense, tmp_path):
+    """The scale of Gemma's embeddings, the root of 24, is a buffer that no file has."""
+    source = dense(model_type, hidden_size=24, head_dim=8)
+    proof = proof_of(source, tmp_path / "moe", dtype="bfloat16", moe={"num_experts": 2, "target": "upcycled"})
+    assert proof.holds, proof.checks
+    assert proof.logits["random"].relative < 1e-5
+
+
 def test_logits_that_are_all_zero(dense, tmp_path):
     source = Path(shutil.copytree(dense("llama"), tmp_path / "source"))
     tensors = {name: torch.zeros_like(t) for name, t in load_file(source / "model.safetensors").items()}

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from files import digests
-from upcycle import Recipe, blueprint, cli, convert, plan
+from upcycle import Recipe, blueprint, cli, convert, plan, verify
 from upcycle.blueprints.shards import parse_size
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.errors import UpcycleError
@@ -115,6 +115,20 @@ def test_files_that_are_carried_over(dense, tmp_path):
     assert not (tmp_path / "moe" / "modeling_evil.py").exists()
     assert Recipe.of(record["recipe"]) == Recipe.of()
     assert record["source"]["sha256"] == {"model.safetensors": digests(source)["model.safetensors"]}
+
+
+@pytest.mark.parametrize("moe", [{}, {"target": "upcycled"}, {"target": "depth_tiled", "depth": 2}])
+def test_code_beside_the_source_is_not_asked_for(moe, dense, tmp_path):
+    """The class of the result is that of transformers, or ours; `auto_map` would make it look for a file."""
+    source = shutil.copytree(dense("llama"), tmp_path / "dense")
+    config = json.loads((source / "config.json").read_text())
+    code = {"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.XForCausalLM"}
+    (source / "config.json").write_text(json.dumps({**config, "auto_map": code}))
+    built = convert(source, tmp_path / "out", Recipe.of(moe=moe))
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert type(opened).__name__ == built.target.architecture
+    assert verify(source, tmp_path / "out").holds
 
 
 def test_model_card(dense, tmp_path):
@@ -306,8 +320,6 @@ def test_resume_after_a_shard_was_lost(dense, killed, tmp_path):
 
 def test_provenance_is_read_from_anywhere(dense, tmp_path, monkeypatch):
     """Relative paths of donors and labels are kept absolute, and that of the source goes from the folder."""
-    from upcycle import verify
-
     shutil.copytree(dense("qwen3"), tmp_path / "here" / "a")
     shutil.copytree(dense("qwen3", seed=1), tmp_path / "here" / "b")
     monkeypatch.chdir(tmp_path / "here")

@@ -118,6 +118,34 @@ def test_rotary_positions_matter_where_attention_is_mixed(base, donor):
     assert f"the result has what {base} has" in said
 
 
+SPELLED = {  # a type, what a config.json of the hub says, and a change that matters
+    "qwen2": ({"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 28},
+              {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}),
+    "gemma3_text": ({"rope_theta": 1e6, "rope_local_base_freq": 1e4}, {"rope_local_base_freq": 777.0}),
+    "phi3": ({"rope_theta": 1e4, "rope_scaling": None}, {"partial_rotary_factor": 0.5}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", SPELLED)
+def test_a_branch_that_transformers_saved_has_another_spelling(model_type, dense, tmp_path):
+    """Both mean the same, until one says something else."""
+    given, change = SPELLED[model_type]
+    source, branch = (Path(shutil.copytree(dense(model_type, seed=n), tmp_path / str(n))) for n in (0, 1))
+    raw = json.loads((source / "config.json").read_text())
+    raw = {key: value for key, value in raw.items() if key not in ("rope_parameters", "layer_types")} | given
+    if model_type == "gemma3_text":
+        raw["sliding_window_pattern"] = 6
+    (source / "config.json").write_text(json.dumps(raw))
+    recipe = Recipe.of(
+        moe={"num_experts": 2, "target": "upcycled"},
+        init={"name": "branch_train_mix", "sources": [str(branch)]},
+    )
+    assert "differ" not in "\n".join(plan(source, recipe).warnings)
+    edit(source, **change)
+    with pytest.raises(UpcycleError, match=r"differ in (layer_types|rope_parameters)"):
+        plan(source, recipe)
+
+
 def test_what_does_not_matter_is_said(base, donor):
     edit(donor, eos_token_id=5, max_position_embeddings=128, initializer_range=0.5)
     for folder, eos in ((base, "</s>"), (donor, {"content": "<|im_end|>"})):

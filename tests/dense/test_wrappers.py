@@ -16,6 +16,7 @@ import upcycle
 from marks import sampled
 from upcycle import Recipe, UpcycleError, blueprint, convert, verify
 from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.dense.admission import admit
 from upcycle.dense.subject import Subject
 from upcycle.training.start import start_of
 
@@ -128,6 +129,19 @@ def test_the_text_model_alone(made, tmp_path):
         ids = tiny_wrappers.KINDS[kind].inputs()["input_ids"][:, 3:]
         dense = opened(made(kind)).eval()(input_ids=ids).logits
         assert float((model.eval()(input_ids=ids).logits - dense).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen3_vl"])
+def test_statistics_of_a_wrapper_are_those_of_its_text_model(kind, made, tmp_path):
+    """`calibrate` measures the text model within the wrapper, and there is no other way to measure it."""
+    file = str(tiny.make_statistics(tmp_path / "statistics.safetensors", made(kind)))
+    init = {"name": "importance", "statistics": file}
+    for part_only in ("", "text"):
+        blueprint(made(kind), Recipe.of(moe={"num_experts": 2, "part_only": part_only}, init=init))
+    with Checkpoint.open(made(kind)) as whole, Checkpoint.open(made("internvl")) as other:
+        mine, others = (admit(each, alone=True).fingerprint for each in (whole, other))
+    assert mine.keys() == others.keys() == {"config", "tensors", "content"}
+    assert not set(mine.values()) & set(others.values())
 
 
 def test_a_block_for_further_tokens_is_left_out_and_the_config_says_so(made, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -46,6 +47,37 @@ def test_a_config_that_says_little_means_what_transformers_makes_of_it(model_typ
     assert {k: found["rope_parameters"].get(k) for k in ("rope_type", "rope_theta")} == {
         k: rope[k] for k in ("rope_type", "rope_theta")
     }
+
+
+@pytest.mark.parametrize("model_type", [*tiny.DECODERS, *tiny.OTHERS])
+def test_what_transformers_saves_is_told_apart_from_nothing(model_type, tmp_path):
+    """A branch that was trained from a model of the hub has the spelling of today's transformers."""
+    family = families.find(model_type)
+    raw = json.loads(tiny.config_of(model_type).to_json_string(use_diff=False))
+    for key in ("layer_types", "rope_parameters"):
+        if raw.pop(key, None) is not None and key == "rope_parameters" and family.theta == 10_000.0:
+            raw["rope_theta"] = 2e4
+    raw |= tiny.NEEDED.get(model_type, {})
+    if "use_sliding_window" in family.defaults:
+        raw |= {"sliding_window": 32768, "max_window_layers": 28}
+    if "sliding_window_pattern" in family.reads:
+        raw["sliding_window_pattern"] = 2
+    if "rope_local_base_freq" in family.reads:
+        raw["rope_local_base_freq"] = 777.0
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    here, there = (family.compared(family.config(each)) for each in (raw, saved))
+    for key in {*family.defaults, *family.reads, "rope_parameters"} - {"residual_dropout"}:
+        assert here.get(key) == there.get(key), key
+
+
+def test_an_exaone_without_a_window_is_read_as_it_was_saved(dense):
+    """transformers writes that no layer in 0 has full attention, and lists the layers, which all have."""
+    source = dense("exaone4", sliding_window=None, layer_types=["full_attention"] * 4)
+    assert json.loads((source / "config.json").read_text())["sliding_window_pattern"] == 0
+    built = blueprint(source, Recipe.of(moe={"num_experts": 2, "target": "upcycled"}))
+    assert built.dense.config["layer_types"] == ["full_attention"] * 4
 
 
 # What transformers saves and our config.json does not say: version, a second name for the number of

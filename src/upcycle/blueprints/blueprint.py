@@ -28,13 +28,14 @@ from upcycle.targets import Target, _moe_layer
 from upcycle.tensors.entries import Entry
 
 
-def with_cache(config: Config) -> Config:
-    """Return config.json without `use_cache = false`, which would let generation compute every token anew.
+def as_written(config: Config) -> Config:
+    """Return config.json without what would mislead whoever opens the folder, also in the configs of parts.
 
-    Training scripts write it, also into the configs of parts.
+    With `use_cache = false`, which training scripts write, generation would compute every token anew. An
+    `auto_map` names code that lay beside the source; the class is that of transformers, or ours.
     """
-    parts = {key: with_cache(part) for key, part in config.items() if isinstance(part, dict)}
-    return config | parts | ({"use_cache": True} if config.get("use_cache") is False else {})
+    out = {key: as_written(v) if isinstance(v, dict) else v for key, v in config.items() if key != "auto_map"}
+    return out | ({"use_cache": True} if config.get("use_cache") is False else {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,10 +145,10 @@ class Blueprint:
         """Return config.json as it is written, for weights in `dtype` (None: as planned).
 
         It names the kernel for the experts if the default of transformers cannot handle the length of their
-        rows. It does not say `use_cache = false`, which is a setting of a training script.
+        rows.
         """
         stored = dtype or str(self.config["dtype"])
-        config = with_cache({**self.config, "dtype": stored, "torch_dtype": stored})
+        config = as_written({**self.config, "dtype": stored, "torch_dtype": stored})
         lengths = [length for site in self.all_sites for length in (site.width, site.hidden)]
         itemsize = FLOATS[BY_TORCH_NAME[stored]].itemsize
         return config | self.target.kernel(lengths, itemsize)
@@ -199,6 +200,7 @@ class Blueprint:
             and gate == 1.0
             and (gated or up == 1.0)
             and router.reaches_all(count, top_k)
+            and self.target.divides_exactly(site, router)
             and (
                 router.sums_to_one(count, top_k)
                 or (site.uniform_router and router.rescale)

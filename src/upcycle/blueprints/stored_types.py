@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from upcycle.checkpoints.dtypes import BY_TORCH_NAME, COUNTERS, TORCH_NAMES
 from upcycle.tensors.lazy import Lazy
 
+KEPT = ("e_score_correction_bias",)  # ends of the names of tensors that keep their type with any `dtype`
+
 
 def of(tensors: Mapping[str, Lazy], dtype: str) -> dict[str, str]:
     """Return the type of each tensor by its name on disk. `dtype` is a torch name, or `source`.
@@ -28,4 +30,4 @@ def usual(types: Iterable[str]) -> str:
 
 
 def _is_kept(name: str, tensor: Lazy) -> bool:
-    return tensor.dtype in COUNTERS or name.endswith("e_score_correction_bias")
+    return tensor.dtype in COUNTERS or name.endswith(KEPT)

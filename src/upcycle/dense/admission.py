@@ -43,7 +43,7 @@ def admit(
         return _admit_tower(checkpoint, within=within, drop=drop)
     own = places.own_config(raw) if within else raw
     _refuse_moe(checkpoint, own)
-    _refuse_quantised(checkpoint)
+    refuse_quantised(checkpoint)
     family = _family(checkpoint, own, within=within)
     if alone and family.alone:
         family = families.find(family.alone)
@@ -98,7 +98,7 @@ def _admit_tower(checkpoint: Checkpoint, *, within: bool, drop: tuple[str, ...])
     return Dense(checkpoint=checkpoint, family=family, config=config, left_out=left_out, place=place)
 
 
-def _refuse_quantised(checkpoint: Checkpoint) -> None:
+def refuse_quantised(checkpoint: Checkpoint) -> None:
     """Refuse a config.json that says that the weights are quantised."""
     if (method := checkpoint.config.get("quantization_config")) is not None:
         name = method.get("quant_method", "?") if isinstance(method, dict) else "?"
@@ -113,17 +113,21 @@ def refuse_unsound(
     `stored` are its tensors without those that are dropped. `own` is the config of the model in it, which is
     of the family `family`.
     """
-    _refuse_quantised(checkpoint)
+    refuse_quantised(checkpoint)
     where = checkpoint.folder
-    if odd := sorted(n for n, t in stored.items() if _is_odd(t) and family.ignored(n) is None):
-        dtype = stored[odd[0]].dtype
-        raise UpcycleError(
-            f"{where} holds {listed(odd)} as {dtype}: it is quantised or packed; give a checkpoint in "
-            f"{', '.join(FLOATS)}"
-        )
+    refuse_packed(checkpoint, (n for n, t in stored.items() if _is_odd(t) and family.ignored(n) is None))
     _refuse_more_blocks_than_tensors(where, len(stored), family, own)
     if wrapped := mistaken.names(stored):
         raise UpcycleError(f"{where}: {wrapped}")
+
+
+def refuse_packed(checkpoint: Checkpoint, odd: Iterable[str]) -> None:
+    """Refuse a checkpoint with tensors, of the names in `odd`, that are of no floating-point type."""
+    if names := sorted(odd):
+        raise UpcycleError(
+            f"{checkpoint.folder} holds {listed(names)} as {checkpoint.tensors[names[0]].dtype}: it is "
+            f"quantised or packed; give a checkpoint in {', '.join(FLOATS)}"
+        )
 
 
 def _is_odd(tensor: TensorInfo) -> bool:

@@ -26,7 +26,7 @@ from upcycle.recipe import Recipe
 # Keys of config.json that say nothing about what the weights mean.
 _SILENT = frozenset(
     "initializer_range initializer_factor use_cache attention_dropout embd_pdrop resid_pdrop "
-    "hidden_dropout_prob attention_probs_dropout_prob dropout_rate".split()
+    "hidden_dropout_prob attention_probs_dropout_prob dropout_rate residual_dropout".split()
 )
 # Keys that a donor may have otherwise, because the result has the source's; a plan says which.
 _SAID = frozenset(
@@ -184,8 +184,8 @@ def _activations_that_differ(source: Dense, donor: Dense, *, mixed: bool) -> Ite
 
 
 def _differing(source: Dense, donor: Dense) -> dict[str, str]:
-    """Return the keys of config.json in which two models of a family differ, with both values."""
-    mine, theirs = source.config, donor.config
+    """Return the settings in which two models of a family differ, by their keys, with both values."""
+    mine, theirs = (model.family.compared(model.config) for model in (source, donor))
     keys = {*source.family.defaults, *source.family.reads, "rope_parameters"} - _SILENT
     return {
         key: f"{shown(theirs.get(key))} and {shown(mine.get(key))}"

@@ -18,18 +18,24 @@ def of(dense: Dense) -> dict[str, str]:
     """Return hashes that identify a checkpoint independently of its name.
 
     They are the SHA-256 of its config, of its tensors' names, shapes and dtypes, and of the bytes at both
-    ends of each tensor. The last is missing for a checkpoint without files.
+    ends of each tensor. The last is missing for a checkpoint without files. A part of a multimodal model is
+    identified by its own tensors under its own names, so that it is the same whether it is taken out or not.
     """
-    infos = [t for name, t in sorted(dense.checkpoint.tensors.items()) if name not in dense.left_out]
+    stored = ((dense.place.known_as(t.name), t) for t in dense.checkpoint.tensors.values())
+    infos = sorted(
+        ((name, t) for name, t in stored if name is not None and t.name not in dense.left_out),
+        key=lambda each: each[0],
+    )
     silent = families.SILENT - {"rope_parameters"}
-    config = {key: value for key, value in dense.config.items() if key not in silent}
+    known_by = dense.place.known_by(dense.config, dense.checkpoint.config)
+    config = {key: value for key, value in known_by.items() if key not in silent}
     found = {
         "config": _hash(json.dumps(config, sort_keys=True, default=str).encode()),
-        "tensors": _hash(json.dumps([[t.name, list(t.shape), t.dtype] for t in infos]).encode()),
+        "tensors": _hash(json.dumps([[name, list(t.shape), t.dtype] for name, t in infos]).encode()),
     }
     if all(file.is_file() for file in dense.checkpoint.files):
         content = hashlib.sha256()
-        for info in infos:
+        for _, info in infos:
             for start in (0, max(0, info.nbytes - _EDGE)):
                 content.update(dense.checkpoint.pread(info, start, min(info.nbytes, start + _EDGE)).data)
         found["content"] = content.hexdigest()

@@ -46,6 +46,14 @@ class Place:
         """Return the model's own name of a stored tensor; None if it belongs to another part."""
         return self.names.own(stored) or stored
 
+    def known_as(self, stored: str) -> str | None:
+        """Return the name of a stored tensor in a fingerprint; None if it belongs to another part."""
+        return stored
+
+    def known_by(self, config: Config, raw: Mapping[str, Any]) -> Config:
+        """Return the config of a fingerprint. `config` is that of the model, and `raw` is config.json."""
+        return config
+
     def stored(self, own: str) -> str:
         """Return the name on disk of a tensor in a checkpoint that is written anew.
 
@@ -105,6 +113,9 @@ class Part(Place):
     def own(self, stored: str) -> str | None:
         return self.names.own(stored)
 
+    def known_as(self, stored: str) -> str | None:
+        return self.own(stored)
+
     def stored(self, own: str) -> str:
         return self.names.stored(own)
 
@@ -151,6 +162,10 @@ class Alone(Within):
         own = super().config(raw)
         known = families.find(str(own["model_type"]))
         return {**own, "model_type": known.alone or known.model_type}
+
+    def known_by(self, config: Config, raw: Mapping[str, Any]) -> Config:
+        within = super().config(raw)
+        return families.find(str(within["model_type"])).config(within)
 
     def own_class(self, family: Family, named: str) -> str:
         return family.architectures[0]

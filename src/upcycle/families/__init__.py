@@ -28,8 +28,9 @@ _MASKED = {"full_attention", "sliding_attention"}  # kinds of layers that read n
 SILENT = frozenset(
     "architectures model_type transformers_version torch_dtype dtype use_cache _name_or_path "
     "pretraining_tp auto_map id2label label2id return_dict output_attentions output_hidden_states "
-    "rope_theta rope_scaling rope_parameters _attn_implementation is_encoder_decoder problem_type "
-    "chunk_size_feed_forward _attn_implementation_autoset unsloth_version unsloth_fixed".split()
+    "rope_theta rope_local_base_freq rope_scaling rope_parameters _attn_implementation "
+    "is_encoder_decoder problem_type chunk_size_feed_forward _attn_implementation_autoset "
+    "unsloth_version unsloth_fixed".split()
 )
 
 # Ends of the names of classes that predict the next token; other classes called LMHeadModel read both ways.
@@ -41,6 +42,9 @@ REFUSED = {
     "gemma4": "the multimodal model was never tried; --part-only text takes its text model out of it",
     "gemma3n": "its blocks predict and correct several streams (AltUp), which was never tried",
 }
+
+# Kinds of rotation that know the length of the first training, which may stand beside their table.
+LENGTHENED = {"llama3", "yarn", "longrope"}
 
 # Model types that are another one's class in transformers, under another name.
 SAME = {"internlm3": "llama", "iquestcoder": "llama"}
@@ -64,6 +68,7 @@ class Family(abc.ABC):
     inexact: Mapping[str, str] = {}  # native targets that look right and are not, and why
     defaults: Mapping[str, Any]  # what transformers assumes for keys missing from config.json
     reads: frozenset[str] = frozenset()  # keys of config.json that it reads besides those of `defaults`
+    spellings: frozenset[str] = frozenset()  # keys among them that say in other words what another key says
     counts: tuple[str, ...] = ("num_hidden_layers",)  # keys of config.json that are numbers of blocks
     numbers: tuple[str, ...] = ()  # keys of config.json that are the number of a block
     per_block: tuple[str, ...] = ()  # keys of config.json that are lists with one entry per block
@@ -105,6 +110,10 @@ class Family(abc.ABC):
         (for models of text), `hidden_size`, `intermediate_size`, `num_hidden_layers`, `num_attention_heads`,
         `hidden_act` and `tie_word_embeddings`. Raises `UpcycleError` for a config that does not fit.
         """
+
+    def compared(self, config: Config) -> Config:
+        """Return the settings by which two models are told apart, in one form whatever spelling they had."""
+        return {key: value for key, value in config.items() if key not in self.spellings}
 
     @abc.abstractmethod
     def weights(self, config: Config) -> Weights:
@@ -281,7 +290,11 @@ def names() -> list[str]:
 
 
 def rope_parameters(raw: Mapping[str, Any], default_theta: float) -> dict[str, Any]:
-    """Return the rotary settings of a config.json, in either spelling, as a new dict in the new spelling."""
+    """Return the rotary settings of a config.json, in either spelling, as a new dict in the new spelling.
+
+    The length of the first training is in it, too; if config.json has it at its top as well, that one counts,
+    as in transformers.
+    """
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     theta = raw.get("rope_theta") or default_theta
     if not isinstance(given, Mapping) or not isinstance(theta, (int, float)):
@@ -296,6 +309,9 @@ def rope_parameters(raw: Mapping[str, Any], default_theta: float) -> dict[str, A
     rope.setdefault("rope_theta", theta)
     if (share := raw.get("partial_rotary_factor")) is not None:
         rope.setdefault("partial_rotary_factor", share)
+    first = raw.get("original_max_position_embeddings")
+    if rope["rope_type"] in LENGTHENED and first is not None:
+        rope["original_max_position_embeddings"] = first
     return rope
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.errors import UpcycleError
-from upcycle.families import Config, Stack, rope_parameters
+from upcycle.families import LENGTHENED, Config, Stack, rope_parameters
 from upcycle.families._checked import check
 from upcycle.families._decoder_width import DecoderWidth
 from upcycle.families._training import Trained
@@ -16,6 +16,7 @@ from upcycle.tensors.lazy import Lazy
 from upcycle.tensors.moved import Slice
 
 LONGEST = 1024  # the longest sliding window, in tokens, that a comparison of two models goes beyond
+WINDOWS = ("use_sliding_window", "sliding_window", "max_window_layers")
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -28,6 +29,8 @@ class Decoder(DecoderWidth, Trained):
     reads = frozenset(REQUIRED) | {
         "head_dim", "num_key_value_heads", "partial_rotary_factor", "original_max_position_embeddings",
     }  # fmt: skip
+    spellings = frozenset({"partial_rotary_factor"})
+    rotated = 1.0  # the share of each head that is rotated if config.json does not say it
     per_block: tuple[str, ...] = ("layer_types",)
     tied = ("lm_head.weight", "model.embed_tokens.weight")
     before: tuple[str, ...] = ("embed_tokens.",)
@@ -60,6 +63,19 @@ class Decoder(DecoderWidth, Trained):
             config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
         config["rope_parameters"] = rope_parameters(raw, self.theta)
         return config
+
+    def compared(self, config: Config) -> Config:
+        kinds = config.get("layer_types")
+        slides = kinds is None or "sliding_attention" in kinds
+        out = {k: v for k, v in super().compared(config).items() if slides or k not in WINDOWS}
+        return out | {"rope_parameters": self.rotation(config)}
+
+    def rotation(self, config: Config) -> Config:
+        """Return the rotary settings with what transformers writes beside them when it saves a model."""
+        rope = {"partial_rotary_factor": self.rotated, **config["rope_parameters"]}
+        if rope["rope_type"] in LENGTHENED:
+            rope.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+        return rope
 
     def weights(self, config: Config) -> Weights:
         hidden, vocabulary = config["hidden_size"], config["vocab_size"]
@@ -209,6 +225,17 @@ class FusedGate(Decoder):
 def sizes(vocabulary: int, hidden: int, width: int, layers: int, heads: int) -> Config:
     """Return what transformers assumes for the sizes that the config of a text model leaves out."""
     return dict(zip(REQUIRED, (vocabulary, hidden, width, layers, heads), strict=True))
+
+
+def rotation_by_kind(config: Config, local_theta: float) -> Config:
+    """Return the rotary settings for each kind of layer, for a class that has two tables.
+
+    `local_theta` is the base in layers that slide. A single table in config.json is that of the others.
+    """
+    rope = config["rope_parameters"]
+    sliding = {"rope_type": "default", "rope_theta": local_theta}
+    kinds = {"full_attention": rope, "sliding_attention": sliding}
+    return {kind: rope.get(kind, usual) for kind, usual in kinds.items()}
 
 
 def every_nth_full(config: Config, n: int | str, others: str = "sliding_attention") -> list[str]:

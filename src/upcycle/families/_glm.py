@@ -7,6 +7,7 @@ from upcycle.families._decoder import FusedGate
 class GlmDecoder(FusedGate):
     """A decoder with the defaults of GLM-4-9B and GLM-4-0414."""
 
+    rotated = 0.5
     defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 131_072,

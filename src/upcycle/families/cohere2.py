@@ -12,6 +12,7 @@ class Cohere2(Decoder):
     architectures = ("Cohere2ForCausalLM",)
     summary = "Cohere Command R7B"
     reads = Decoder.reads | {"sliding_window_pattern"}
+    spellings = Decoder.spellings | {"sliding_window_pattern"}
     natives = ("cohere2_moe",)
     tokenizer = "CohereTokenizer"
     norms = ("input_layernorm",)

@@ -36,10 +36,11 @@ class CWM(WithoutSinks):
         if config["layer_types"] is None:
             kinds = ("full_attention", *["sliding_attention"] * 3)
             config["layer_types"] = [kinds[i % 4] for i in range(config["num_hidden_layers"])]
-        if "rope_scaling" not in raw and "rope_parameters" not in raw:
+        if raw.get("rope_scaling") is None and raw.get("rope_parameters") is None:
             config["rope_parameters"] = {
                 "rope_type": "llama3", "rope_theta": self.theta, "factor": 16.0, "high_freq_factor": 4.0,
-                "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": config.get("original_max_position_embeddings", 8192),
             }  # fmt: skip
         return config
 

@@ -13,6 +13,7 @@ class Exaone4(Decoder):
     architectures = ("Exaone4ForCausalLM",)
     summary = "EXAONE 4"
     reads = Decoder.reads | {"sliding_window_pattern"}
+    spellings = Decoder.spellings | {"sliding_window_pattern"}
     natives = ()
     no_native = "exaone_moe lacks its post-norms"
     norms = ("post_attention_layernorm", "post_feedforward_layernorm")
@@ -35,7 +36,8 @@ class Exaone4(Decoder):
     }
 
     def config(self, raw: Mapping[str, Any]) -> Config:
-        config = super().config(raw)
+        # transformers saves an interval of 0 if there is no window; then it lists the kinds of layers.
+        config = super().config({k: v for k, v in raw.items() if (k, v) != ("sliding_window_pattern", 0)})
         interval = config.get("sliding_window_pattern") or 4
         return {**config, "layer_types": every_nth_full(config, interval)}
 

@@ -75,6 +75,10 @@ class Gemma4(FourNorms):
             )
         return config | {"rope_parameters": {"rope_type": "default", "rope_theta": self.theta, **rope}}
 
+    def compared(self, config: Config) -> Config:
+        heads = [list(self.heads(config, layer)) for layer in range(config["num_hidden_layers"])]
+        return super().compared(config) | {"per_layer_config": heads}
+
     def first_shared(self, config: Config) -> int:
         """Return the first layer that has no keys and values of its own."""
         return int(config["num_hidden_layers"] - config["num_kv_shared_layers"])

@@ -25,6 +25,7 @@ class GraniteMoeHybrid(FusedGate):
     residual = ("self_attn", "mamba", "shared_mlp")
     carriers = {"linear_attention": "mamba"}
     reads = FusedGate.reads | {"layers_block_type"}
+    spellings = FusedGate.spellings | {"layers_block_type"}
     defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 2048,

@@ -15,6 +15,7 @@ class Lfm2(Decoder):
     summary = "Liquid LFM2, 350M to 2.6B"
     natives = ("lfm2_moe",)
     reads = Decoder.reads | {"block_ff_dim", "tie_embedding", "full_attn_idxs"}
+    spellings = Decoder.spellings | {"block_ff_dim", "tie_embedding", "full_attn_idxs"}
     theta = 1_000_000.0
     norms = ("operator_norm", "ffn_norm")
     network_norm = "ffn_norm"
@@ -84,7 +85,8 @@ class Lfm2(Decoder):
             return []
         return [
             "lfm2_moe adds 1e-6 to the sum of the chosen experts' scores before it divides by it: the "
-            "function is kept to about 1e-6, and to 1e-4 where a token's scores are as small as 0.01"
+            "function is kept to about 1e-6, and to 1e-4 where a token's scores are as small as 0.01; "
+            "nothing is promised if router.std is wide enough for that, or if the router starts from data"
         ]
 
     def stacks(self, config: Config) -> tuple[Stack, ...]:

@@ -31,11 +31,13 @@ class Ministral3(Decoder):
 
     def config(self, raw: Mapping[str, Any]) -> Config:
         config = super().config(raw)
-        if "rope_scaling" not in raw and "rope_parameters" not in raw:
+        if raw.get("rope_scaling") is None and raw.get("rope_parameters") is None:
             config["rope_parameters"] = {
                 "rope_type": "yarn", "rope_theta": 1_000_000.0, "factor": 16.0, "beta_fast": 32.0,
-                "beta_slow": 1.0, "original_max_position_embeddings": 16384, "llama_4_scaling_beta": 0.1,
-                "max_position_embeddings": 16384, "mscale": 1.0, "mscale_all_dim": 1.0,
+                "beta_slow": 1.0, "llama_4_scaling_beta": 0.1,
+                "original_max_position_embeddings": config.get("original_max_position_embeddings", 16384),
+                "max_position_embeddings": config["max_position_embeddings"],
+                "mscale": 1.0, "mscale_all_dim": 1.0,
             }  # fmt: skip
         return config
 

@@ -13,6 +13,7 @@ class Nemotron(Decoder):
     network = {"up": "up_proj", "down": "down_proj"}
     biased_norms = True
     centred_norms = True
+    rotated = 0.5
     defaults = {
         "hidden_act": "relu2",
         "max_position_embeddings": 4096,

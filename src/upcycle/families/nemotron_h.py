@@ -40,6 +40,7 @@ class NemotronH(PlainDecoder):
     reads = frozenset(
         {"hybrid_override_pattern", "num_hidden_layers", "time_step_limit", "mamba_dt_limit", *_OLD_NAMES}
     )
+    spellings = reads
     defaults = {
         "vocab_size": 131072,
         "hidden_size": 4096,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.families import Config
-from upcycle.families._decoder import every_nth_full
+from upcycle.families._decoder import every_nth_full, rotation_by_kind
 from upcycle.families.olmo2 import Olmo2
 
 
@@ -21,6 +21,9 @@ class Olmo3(Olmo2):
     def config(self, raw: Mapping[str, Any]) -> Config:
         config = super().config(raw)
         return {**config, "layer_types": every_nth_full(config, 4)}
+
+    def rotation(self, config: Config) -> Config:
+        return rotation_by_kind(config, self.theta)
 
 
 family = Olmo3()

@@ -18,6 +18,7 @@ class Phi(Decoder):
     network_norm = ""  # attention reads the norm as well
     biased_norms = True
     after = ("final_layernorm.",)
+    rotated = 0.5
     defaults = {
         "hidden_act": "gelu_new",
         "max_position_embeddings": 2048,

@@ -27,6 +27,7 @@ class Qwen2(Decoder):
     natives = ("qwen2_moe", "granitemoe")
     tokenizer = "Qwen2Tokenizer always"
     numbers = ("max_window_layers",)
+    spellings = Decoder.spellings | {"max_window_layers"}
     assumed = sizes(151_936, 4096, 22016, 32, 32)
     defaults = {
         "hidden_act": "silu",
@@ -67,7 +68,10 @@ class Qwen2(Decoder):
         return super().refusal(config, native)
 
     def native_config(self, config: Config, native: str) -> Config:
-        return as_granite({**config, "attention_bias": True}) if native == "granitemoe" else config
+        if native == "granitemoe":
+            return as_granite({**config, "attention_bias": True})
+        # Its class needs a window if it is told to use one, which this config may not have.
+        return {**config, "use_sliding_window": "sliding_attention" in config["layer_types"]}
 
 
 family = Qwen2()

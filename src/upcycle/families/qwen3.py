@@ -16,6 +16,7 @@ class Qwen3(Decoder):
     natives: tuple[str, ...] = ("qwen3_moe", "mellum")
     tokenizer = "Qwen2Tokenizer"
     numbers: tuple[str, ...] = ("max_window_layers",)
+    spellings = Decoder.spellings | {"max_window_layers"}
     assumed = sizes(151_936, 4096, 22016, 32, 32)
     defaults = {
         "hidden_act": "silu",

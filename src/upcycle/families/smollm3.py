@@ -14,6 +14,7 @@ class SmolLM3(WithoutSinks):
     summary = "SmolLM3 (layers without rotation kept)"
     inexact = {"mixtral": "mixtral rotates every layer and smollm3 skips some"}
     per_block = ("layer_types", "no_rope_layers")
+    spellings = WithoutSinks.spellings | {"no_rope_layer_interval"}
     theta = 2_000_000.0
     defaults = {
         "hidden_act": "silu",

@@ -13,6 +13,7 @@ class StableLM(Decoder):
     natives = ()
     no_native = "no native MoE has its LayerNorms"
     biased_norms = True
+    rotated = 0.25
     defaults = {
         "hidden_act": "silu",
         "max_position_embeddings": 4096,

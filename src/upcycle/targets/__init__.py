@@ -198,6 +198,10 @@ class Target(abc.ABC):
         """Return the router that the result computes, for the one in the recipe."""
         return router
 
+    def divides_exactly(self, site: Site, router: Router) -> bool:
+        """Return whether the class divides scores by nothing but their sum, as far as that shows."""
+        return True
+
     def draws(self, name: str) -> bool:
         """Return whether the recipe, not the dense class, gives the tensor `name` its initial values."""
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from upcycle.checkpoints import dtypes
 from upcycle.errors import UpcycleError, listed
 from upcycle.families import Config, Family
+from upcycle.families._decoder import Decoder
 from upcycle.families._training import Trained
 from upcycle.families._weights import AsMade, Initial, Matrix, Weight
 from upcycle.families._wrappers import Wrapper
@@ -34,6 +36,8 @@ COMMON = (
     "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id", "use_cache",
 )  # fmt: skip
 
+SHOWS = 1e-5  # relative; a smaller difference to the dense function is taken for rounding
+RARELY = 1e-6  # the share of tokens that may differ by more in a layer although the function is promised
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -64,6 +68,7 @@ class Native(WithExperts):
     router: str  # name of the router weight [E, H] below the layer's prefix
     blocks: str = "model.layers."  # what the names of the layers begin with
     part: str = "mlp"  # a network that stays dense, by its name in a layer
+    network: Mapping[str, str] = field(default_factory=lambda: dict(Decoder.network))  # its matrices
     fields: tuple[str, ...]  # config fields besides COMMON that the dense config gives
     num_experts_field: str = "num_experts"
     top_k_field: str = "num_experts_per_tok"
@@ -71,6 +76,7 @@ class Native(WithExperts):
     scores: str = "top_k"  # our router whose weights are those of the class
     least_experts: int = 1  # with fewer in a layer, the class cannot be run
     renormalizes: Literal["always", "optional"]  # optional: set by `norm_topk_prob`
+    added: float = 0.0  # what its class adds to the sum of a token's sigmoids before it divides by it
     shared: Shared | None = None
     dense_layers: Callable[[Config, frozenset[int]], Config | str] | None = None
     constants: Mapping[str, Any] = field(default_factory=dict)
@@ -123,6 +129,22 @@ class Native(WithExperts):
         if router.name == self.scores:
             return router
         return routers.find(self.scores)(**{key: getattr(router, key) for key in Router.common})
+
+    def divides_exactly(self, site: Site, router: Router) -> bool:
+        """Return whether hardly a token has scores so small that what is `added` to their sum shows.
+
+        A token of unit variance has products with the rows of a drawn router that vary by std x sqrt(H). What
+        a router that starts from data gives is not known before it has run.
+        """
+        if not self.added or site.uniform_router:
+            return True
+        if router.start.from_data:
+            return False
+        small = self.added / SHOWS
+        least = math.log(1 / small - 1)  # a product below its negative has a score below `small`
+        below = math.erfc(least / (router.std * math.sqrt(2 * site.hidden))) / 2
+        drawn = site.num_experts // (site.granularity if router.start.groups else 1)
+        return below**drawn < RARELY
 
     def layer_names(self) -> Native:
         """Return itself."""
@@ -190,7 +212,9 @@ class Native(WithExperts):
                 made = _moe_layer.tensors(models, moe[layer], recipe, self, every)
             else:
                 network = family.feed_forward(config, layer, every)
-                made = {f"{self.part}.{name}_proj.weight": m for name, m in network.matrices().items()}
+                made = {
+                    f"{self.part}.{self.network[name]}.weight": m for name, m in network.matrices().items()
+                }
             _moe_layer.add(out, f"{self.blocks}{layer}", made)
         return out
 
@@ -245,7 +269,7 @@ class Native(WithExperts):
         """Return one block, given its tensors by their names in it."""
         experts = self.layout.read(tensors)
         router = tensors[self.router] if experts else None
-        up = experts[0].up if experts else tensors[f"{self.part}.{self.layout.first}_proj.weight"]
+        up = experts[0].up if experts else tensors[f"{self.part}.{self.network[self.layout.first]}.weight"]
         return Block(stack="layers", layer=number, experts=experts, router=router, up=up)
 
     def made(self, name: str, shape: tuple[int, ...]) -> Weight:

@@ -162,6 +162,10 @@ class Renamed(Target):
         """Return the router of the target inside."""
         return self.inner.routing(router)
 
+    def divides_exactly(self, site: Site, router: Router) -> bool:
+        """Ask the target inside."""
+        return self.inner.divides_exactly(site, router)
+
     def draws(self, name: str) -> bool:
         """Ask the target inside."""
         return self.inner.draws(name)

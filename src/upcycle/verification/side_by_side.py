@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from upcycle.blueprints import stored_types
 from upcycle.blueprints.blueprint import Blueprint
 from upcycle.dense.admission import drops_head
 from upcycle.errors import UpcycleError
@@ -137,7 +138,7 @@ def _open(built: Blueprint, side: Side) -> tuple[PreTrainedModel, str]:
             by = next(filter(None, known), None) or models.architecture(side.architecture)
         else:  # of a type that is nobody's, which a user can only open by the class that config.json names
             by = models.architecture(side.architecture)
-        model = opening.fill(by, side.folder, dtype=side.dtype or torch.float32, **options)
+        model = opening.fill(by, side.folder, dtype=torch.float32, **options)
     except UpcycleError as error:
         raise FailedError(f"the {side.role} cannot be opened: {error}") from error
     found = type(model).__name__
@@ -148,7 +149,20 @@ def _open(built: Blueprint, side: Side) -> tuple[PreTrainedModel, str]:
         )
     if not side.one_by_one and drops_head(built.dense):
         opening.tie_head(model)
-    return model.float().eval(), found
+    model = model.float().eval()
+    if side.dtype is not None:
+        _round(model, side.dtype)
+    return model, found
+
+
+def _round(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give the tensors of a model the values that a conversion to `dtype` stores.
+
+    What the class computes by itself, such as the scale of Gemma's embeddings, is in no file and stays.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not name.endswith(stored_types.KEPT):
+            tensor.copy_(tensor.to(dtype))
 
 
 def _check_memory(built: Blueprint) -> None:

@@ -24,10 +24,13 @@ native = Native(
     layout=PerExpert(
         path="feed_forward.experts.{e}", gate="w1", up="w3", down="w2", in_memory="feed_forward.experts"
     ),
+    part="feed_forward",
+    network={"gate": "w1", "up": "w3", "down": "w2"},
     router="feed_forward.gate.weight",
     fields=("intermediate_size", "norm_eps", "conv_bias", "conv_L_cache", "layer_types"),
     width_field="moe_intermediate_size",
     renormalizes="always",
+    added=1e-6,
     constants={
         "num_dense_layers": 0, "use_expert_bias": True, "routed_scaling_factor": 1.0, "norm_topk_prob": True,
     },

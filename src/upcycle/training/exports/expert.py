@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from upcycle.blueprints.blueprint import Blueprint, with_cache
+from upcycle.blueprints.blueprint import Blueprint, as_written
 from upcycle.blueprints.making import blueprint
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError
@@ -37,7 +37,7 @@ class Expert(Format):
         stored = on_disk(trained.model, begun, trained.types)
         made = {dense: stored[name] for dense, name in names.items()}
         save_file(made, folder / "model.safetensors", metadata={"format": "pt"})
-        config = with_cache(_config(begun) | {"dtype": dtype, "torch_dtype": dtype})
+        config = as_written(_config(begun) | {"dtype": dtype, "torch_dtype": dtype})
         whole_file.write_json(folder / "config.json", config)
         open_to_others(folder)
         laid = lay(trained, folder, config)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from upcycle.blueprints.blueprint import Blueprint, with_cache
+from upcycle.blueprints.blueprint import Blueprint, as_written
 from upcycle.checkpoints.dtypes import COUNTERS
 from upcycle.conversion import selection
 from upcycle.errors import UpcycleError
@@ -55,7 +55,7 @@ def write_model(trained: Trained, folder: Path, dtype: str) -> None:
                 f"the weights could not be written to {folder}: {error}; make room, or choose another folder"
             ) from None
     (folder / "generation_config.json").unlink(missing_ok=True)  # if the source has one, it is copied
-    config = with_cache(begun.config | {"dtype": dtype, "torch_dtype": dtype})
+    config = as_written(begun.config | {"dtype": dtype, "torch_dtype": dtype})
     if begun.built is not None:
         target, told = begun.built.target, _of_training(trained, begun.built)
         own = target.own_config(config)
