@@ -189,6 +189,7 @@ MEASURED = (
     Measured(TENTH, 40, "virtual_group", +0.0651, 0.0023, 0.10, None),
     Measured(TENTH, 40, "copy", +0.0303, 0.0060, 0.10, None),
     Measured(TENTH, 40, "copy_every_other", +0.0107, 0.0038, 0.10, None),
+    Measured(TENTH, 80, "virtual_group", +0.0297, 0.0049, 0.10, None),
     Measured(CODE, 10, "virtual_group", +0.0103, 0.0034, 0.30, None),
     Measured(CODE, 10, "copy", +0.0490, 0.0059, 0.30, None),
     Measured(CODE, 10, "drop_0.5", +0.0809, 0.0044, 0.30, None),
