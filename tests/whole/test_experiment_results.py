@@ -323,9 +323,51 @@ def test_the_error_of_one_seed_is_unknown(modules, outcome):
     assert modules.common.mean_and_error([1.0, 2.0, 6.0]) == (3.0, pytest.approx(7**0.5 / 3**0.5))
     found = outcome(dense_8=DENSE, copy_8=[curve(1, 2.6, 2.2)], drop_8=[curve(1, 2.6, 2.2), curve(2, 2, 2.4)])
     *_, dense, copy, drop = found.table()
-    assert dense == "| 8 | dense | 2 | 2.500 | 2.3500 ± 0.0500 |  |  |"
-    assert copy == "| 8 | copy | 1 | 2.600 | 2.2000 | -0.1000 | 10% |"
+    assert dense == "| 8 | dense | 2 | 2.500 | 2.3500 ± 0.0500 |  |  |  |"
+    assert copy == "| 8 | copy | 1 | 2.600 | 2.2000 | -0.1000 | 0% | 10% |"
     assert drop.startswith("| 8 | drop | 2 | 2.300 | 2.3000 ± 0.1000 | -0.1000 |")  # one seed in common
+
+
+def course(seed: int, *losses: float, flops: float = 10) -> dict[str, Any]:
+    """A run of so many evaluations, evenly over its FLOPs."""
+    points = [[step, 0, step * flops / (len(losses) - 1), 0.0, loss] for step, loss in enumerate(losses)]
+    return {"seed": seed, "curve": points}
+
+
+def test_ahead_and_behind_are_beyond_two_standard_errors_of_pairs(outcome):
+    """The seeds are far apart, and the gaps of each to the dense run of its seed are not."""
+    found = outcome(
+        dense_8=[course(0, 3.0, 2.8, 2.6, 2.4), course(1, 4.0, 3.8, 3.6, 3.4)],
+        copy_8=[course(0, 3.2, 2.8, 2.5, 2.3), course(1, 4.2, 3.6, 3.5, 3.3)],
+        drop_8=[course(0, 3.0, 2.8, 2.6, 2.3), course(1, 4.0, 3.8, 3.6, 3.4)],
+    )
+    spent = found.spent(8)
+    ends = [step * 10 / 3 / spent for step in range(4)]
+    x, gap, errors = found.course(8, "copy").T
+    assert x == pytest.approx(ends)
+    assert gap == pytest.approx([0.2, -0.1, -0.1, -0.1])
+    assert errors == pytest.approx([0.0, 0.2, 0.0, 0.0], abs=1e-12)
+    assert (found.behind(8, "copy"), found.ahead(8, "copy")) == (0.0, pytest.approx(ends[2]))
+    assert (found.behind(8, "drop"), found.ahead(8, "drop")) == (None, None)  # -0.05, with 0.1
+
+
+def test_a_run_that_ends_after_dense_continuation_is_not_ahead(outcome):
+    dense = [course(0, 3.0, 2.8, 2.6, 2.4)]
+    found = outcome(dense_8=dense, copy_8=[course(0, 3.0, 2.7, 2.5, 2.3, flops=12)], drop_8=[course(0, 3, 2)])
+    assert found.ahead(8, "copy") is None
+    assert found.ahead(8, "drop") == pytest.approx(10 / found.spent(8))
+
+
+def test_what_is_from_scratch_counts_from_the_flops_of_the_start(outcome, monkeypatch):
+    """Before, it cannot be ahead: dense continuation has not begun."""
+    found = outcome(dense_8=[course(0, 3.0, 2.8, 2.6, 2.4)], drop_8=[course(0, 9.0, 2.9, 2.5, 2.0, flops=0)])
+    spent = found.spent(8)
+    (run,) = found.recorded[8, "drop"]
+    for point, share in zip(run["curve"], (0.0, 0.9, 1.0, 1 + 10 / spent), strict=True):
+        point[2] = share * spent
+    monkeypatch.setattr(type(found.experiment), "from_scratch", lambda self, variant: variant == "drop")
+    assert found.course(8, "drop")[:, 0] == pytest.approx([0.0, 10 / spent])
+    assert found.ahead(8, "drop") == 0.0
 
 
 def test_a_study_shows_no_error_of_one_seed(modules):
