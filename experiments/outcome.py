@@ -73,12 +73,15 @@ class Outcome:
         steps, _, flops, *_ = self[start, "dense"][0]["curve"][-1]
         return float(flops) / steps * self.experiment.start.steps[start]
 
-    def share(self, start: int, variant: str, score: int = LOSS) -> list[np.ndarray]:
-        """Return a curve for each seed: [points, (extra FLOPs relative to the start's, held-out score)]."""
+    def share(self, start: int, variant: str, score: int = LOSS) -> dict[int, np.ndarray]:
+        """Return the curve of each seed: [points, (extra FLOPs relative to the start's, held-out score)]."""
         unit = self.spent(start)
         before = float(self.experiment.from_scratch(variant))  # it spends the start's FLOPs as well
-        curves = [np.array(each["curve"], np.float64) for each in self[start, variant]]
-        return [np.stack([each[:, FLOPS] / unit - before, each[:, score]], axis=1) for each in curves]
+        curves = {run["seed"]: np.array(run["curve"], np.float64) for run in self[start, variant]}
+        return {
+            seed: np.stack([curve[:, FLOPS] / unit - before, curve[:, score]], axis=1)
+            for seed, curve in curves.items()
+        }
 
     def gaps(self, start: int, variant: str, score: int = LOSS) -> list[float]:
         """Return the final score of each seed, less that of dense continuation."""
@@ -100,19 +103,16 @@ class Outcome:
         the variant, from the first that spent as much as dense continuation. A gap is that of one seed, with
         the dense curve interpolated between its points. The error of a single seed counts as 0.
         """
-        dense = {
-            run["seed"]: curve
-            for run, curve in zip(self[start, "dense"], self.share(start, "dense"), strict=True)
-        }
-        pairs = [
-            (curve, dense[run["seed"]])
-            for run, curve in zip(self[start, variant], self.share(start, variant), strict=True)
-            if run["seed"] in dense
+        dense, curves = self.share(start, "dense"), self.share(start, variant)
+        gaps = [
+            curve[:, 1] - np.interp(curve[:, 0], *dense[seed].T)
+            for seed, curve in curves.items()
+            if seed in dense
         ]
-        gaps = np.stack([ours[:, 1] - np.interp(ours[:, 0], *theirs.T) for ours, theirs in pairs])
-        error = gaps.std(0, ddof=1) / len(gaps) ** 0.5 if len(gaps) > 1 else np.zeros(gaps.shape[1])
-        x = pairs[0][0][:, 0]
-        return np.stack([x, gaps.mean(0), 2 * error], axis=1)[x >= 0]
+        x, *_ = (curve[:, 0] for curve in curves.values())
+        told = [common.mean_and_error(at) for at in zip(*gaps, strict=True)]
+        points = [(at, mean, 2 * (error or 0.0)) for at, (mean, error) in zip(x, told, strict=True)]
+        return np.array([point for point in points if point[0] >= 0])
 
     def behind(self, start: int, variant: str) -> float | None:
         """Return the extra FLOPs, relative to the start's, of the last point at which the variant is behind.
@@ -128,7 +128,8 @@ class Outcome:
         None if it does not end ahead, or ends after dense continuation.
         """
         x, gap, error = self.course(start, variant).T
-        if gap[-1] >= -error[-1] or x[-1] > 1.01 * self.share(start, "dense")[0][-1, 0]:
+        dense, *_ = self.share(start, "dense").values()
+        if gap[-1] >= -error[-1] or x[-1] > 1.01 * dense[-1, 0]:
             return None
         others = np.flatnonzero(gap >= -error)
         return float(x[others[-1] + 1 if len(others) else 0])
@@ -146,7 +147,7 @@ class Outcome:
 
     def _drawn(self, start: int, variant: str, highest: float) -> list[list[tuple[float, float]]]:
         """Return the points of `draw` for each seed: (extra FLOPs in percent, held-out loss)."""
-        curves = np.stack(self.share(start, variant))  # [seeds, points, 2]
+        curves = np.stack([*self.share(start, variant).values()])  # [seeds, points, 2]
         x, mean = curves[0, :, 0], curves[:, :, 1].mean(0)
         kept = (x >= 0.01) | ((x == 0) & (mean < highest))
         return [[(100 * x, y) for x, y in curve] for curve in curves[:, kept]]
