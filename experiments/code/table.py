@@ -13,6 +13,7 @@ _TOP_2 = {"num_experts": 8, "top_k": 2}
 _HALVES = {"num_experts": 16, "top_k": 2, "granularity": 2}
 _QUARTERS = {"num_experts": 32, "top_k": 4, "granularity": 4}
 _EVERY_OTHER = {"layers": "every_other", "target": "upcycled"}
+_IN_GROUPS: Changes = {"init": {"name": "virtual_group"}, "router": {"init": "grouped"}}
 
 
 def _drop(ratio: float, indices: str = "shared") -> Changes:
@@ -22,7 +23,7 @@ def _drop(ratio: float, indices: str = "shared") -> Changes:
 # Dense continuation, equal FLOPs per token, copies, redrawn copies, and the same MoE from scratch.
 CORE: dict[str, Changes] = {
     "dense": {},
-    "virtual_group": {"moe": _HALVES, "init": {"name": "virtual_group"}, "router": {"init": "grouped"}},
+    "virtual_group": {"moe": _HALVES} | _IN_GROUPS,
     "copy": {"moe": _TOP_2},
     "drop_0.5": _drop(0.5),
     "scratch": {
@@ -36,9 +37,7 @@ FACTORS: dict[str, Changes] = {
     "drop_0.1": _drop(0.1),
     "drop_0.25": _drop(0.25),
     "drop_0.5_independent": _drop(0.5, "independent"),
-    "virtual_group_4": {
-        "moe": _QUARTERS, "init": {"name": "virtual_group"}, "router": {"init": "grouped"},
-    },
+    "virtual_group_4": {"moe": _QUARTERS} | _IN_GROUPS,
     "virtual_group_ungrouped": {"moe": _HALVES, "init": {"name": "virtual_group"}},
     "shuffle_slice": {"moe": _HALVES, "init": {"name": "shuffle_slice"}},
     "shuffle_slice_redrawn": {"moe": _HALVES, "init": {"name": "shuffle_slice", "redraw": 0.5}},
@@ -49,21 +48,13 @@ FACTORS: dict[str, Changes] = {
         "moe": {"num_experts": 8, "top_k": 1, "target": "upcycled"}, "router": {"normalize": False},
     },
     "copy_every_other": {"moe": _TOP_2 | _EVERY_OTHER},
-    "virtual_group_equal_seconds": {
-        "moe": _HALVES, "init": {"name": "virtual_group"}, "router": {"init": "grouped"},
-    },
+    "virtual_group_equal_seconds": {"moe": _HALVES} | _IN_GROUPS,
     "split_8": {"moe": {"num_experts": 8, "top_k": 4, "granularity": 8}, "init": {"name": "split"}},
     "virtual_group_small_router": {
         "moe": _HALVES, "init": {"name": "virtual_group"}, "router": {"init": "grouped", "std": 0.002},
     },
-    "virtual_group_warm": {
-        "moe": _HALVES, "init": {"name": "virtual_group"}, "router": {"init": "grouped"},
-        "schedule": {"warmup": 200},
-    },
-    "virtual_group_slow_router": {
-        "moe": _HALVES, "init": {"name": "virtual_group"}, "router": {"init": "grouped"},
-        "optimizer": {"router_rate": 0.1},
-    },
+    "virtual_group_warm": {"moe": _HALVES, "schedule": {"warmup": 200}} | _IN_GROUPS,
+    "virtual_group_slow_router": {"moe": _HALVES, "optimizer": {"router_rate": 0.1}} | _IN_GROUPS,
     # Moments are carried to copies alone, and dense continuation shows what they are worth without experts.
     "dense_moments": CARRIED,
     "copy_moments": {"moe": _TOP_2} | CARRIED,
@@ -71,9 +62,7 @@ FACTORS: dict[str, Changes] = {
 
 # What did best among the factors, two at once.
 TOGETHER: dict[str, Changes] = {
-    "virtual_group_every_other": {
-        "moe": _HALVES | _EVERY_OTHER, "init": {"name": "virtual_group"}, "router": {"init": "grouped"},
-    },
+    "virtual_group_every_other": {"moe": _HALVES | _EVERY_OTHER} | _IN_GROUPS,
     "copy_every_other_moments": {"moe": _TOP_2 | _EVERY_OTHER} | CARRIED,
 }  # fmt: skip
 
