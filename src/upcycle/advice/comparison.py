@@ -43,7 +43,7 @@ class Comparison:
 
     @property
     def way(self) -> tuple[Hashable, ...]:
-        """What results have in common that differ in how long the dense model was trained alone."""
+        """What results have in common that differ in the dense model's training and the budget alone."""
         return self.paper, self.kind, self.inits, self.sizes, self.experts, self.tokens, self.against
 
     def better_for(self, taken: float | None) -> Better:
@@ -56,14 +56,14 @@ class Comparison:
 def covering(situation: Situation, comparisons: Iterable[Comparison]) -> list[Comparison]:
     """Return the results that cover a situation, in their order.
 
-    Of those that differ in `trained` alone, the one whose dense model was trained most nearly as long is
-    taken.
+    Of those that differ in `trained` and `share` alone, the one whose dense model was trained most nearly as
+    long is taken, and of these the one with the smallest budget, whose rate fell the nearest to this one's.
     """
     found: dict[tuple[Hashable, ...], list[Comparison]] = {}
     for one in comparisons:
         if one.kind == situation.kind and inside(situation, one)[0]:
             found.setdefault(one.way, []).append(one)
-    return [min(alike, key=lambda one: _apart(situation, one)) for alike in found.values()]
+    return [min(alike, key=lambda one: (_apart(situation, one), one.share or ())) for alike in found.values()]
 
 
 def _apart(situation: Situation, comparison: Comparison) -> float:
