@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from upcycle.families._wrappers import Wrapper
 from upcycle.init import Site
 from upcycle.nn import kernels, routers
 from upcycle.nn.routers import Router
-from upcycle.targets import Block, _moe_layer, natives
+from upcycle.targets import Block, _moe_layer, _small_scores, natives
 from upcycle.targets._clients import Clients, reasons
 from upcycle.targets._layouts import Fused, Layout, Shared
 from upcycle.targets._with_experts import WithExperts
@@ -36,8 +35,6 @@ COMMON = (
     "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id", "use_cache",
 )  # fmt: skip
 
-SHOWS = 1e-5  # relative; a smaller difference to the dense function is taken for rounding
-RARELY = 1e-6  # the share of tokens that may differ by more in a layer although the function is promised
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -131,20 +128,8 @@ class Native(WithExperts):
         return routers.find(self.scores)(**{key: getattr(router, key) for key in Router.common})
 
     def divides_exactly(self, site: Site, router: Router) -> bool:
-        """Return whether hardly a token has scores so small that what is `added` to their sum shows.
-
-        A token of unit variance has products with the rows of a drawn router that vary by std x sqrt(H). What
-        a router that starts from data gives is not known before it has run.
-        """
-        if not self.added or site.uniform_router:
-            return True
-        if router.start.from_data:
-            return False
-        small = self.added / SHOWS
-        least = math.log(1 / small - 1)  # a product below its negative has a score below `small`
-        below = math.erfc(least / (router.std * math.sqrt(2 * site.hidden))) / 2
-        drawn = site.num_experts // (site.granularity if router.start.groups else 1)
-        return below**drawn < RARELY
+        """Return whether what is `added` to the sum of a token's scores hardly ever shows."""
+        return not self.added or _small_scores.are_rare(site, router, self.added)
 
     def layer_names(self) -> Native:
         """Return itself."""
