@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 import tiny
-from upcycle import Recipe, UpcycleError, blueprint, plan
+from upcycle import Recipe, UpcycleError, blueprint, families, plan
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -123,6 +124,8 @@ SPELLED = {  # a type, what a config.json of the hub says, and a change that mat
               {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}),
     "gemma3_text": ({"rope_theta": 1e6, "rope_local_base_freq": 1e4}, {"rope_local_base_freq": 777.0}),
     "phi3": ({"rope_theta": 1e4, "rope_scaling": None}, {"partial_rotary_factor": 0.5}),
+    "gpt_neox": ({"rotary_emb_base": 10000, "rotary_pct": 0.25}, {"rotary_pct": 0.5}),
+    "falcon": ({"rope_theta": 1e4}, {"rope_theta": 777.0}),
 }  # fmt: skip
 
 
@@ -144,6 +147,28 @@ def test_a_branch_that_transformers_saved_has_another_spelling(model_type, dense
     edit(source, **change)
     with pytest.raises(UpcycleError, match=r"differ in (layer_types|rope_parameters)"):
         plan(source, recipe)
+
+
+ROTATED = {  # rotary settings in a spelling of the hub, and one of them otherwise
+    "modernbert": ({"global_rope_theta": 80_000.0, "local_rope_theta": 1e4}, {"local_rope_theta": 777.0}),
+    "nomic_bert": ({"rope_theta": 5000.0}, {"rope_theta": 777.0}),
+    "pixtral": ({"rope_theta": 5000.0}, {"rope_theta": 777.0}),
+    "gpt_neox": ({"rotary_emb_base": 5000, "rotary_pct": 0.5}, {"rotary_emb_base": 777}),
+    "falcon": ({"rope_theta": 5000.0}, {"rope_theta": 777.0}),
+}
+
+
+@pytest.mark.parametrize("model_type", ROTATED)
+def test_a_family_reads_rotary_settings_in_both_spellings(model_type):
+    """The new spelling is what the class of transformers makes of the old one."""
+    family, (old, change) = families.find(model_type), ROTATED[model_type]
+    saved = AutoConfig.for_model(model_type, **old).to_dict()
+    sizes = {key: value for key, value in saved.items() if "rope" not in key and key not in old}
+    found = [
+        family.compared(family.config(sizes | given))["rope_parameters"]
+        for given in (old, {"rope_parameters": saved["rope_parameters"]}, {**old, **change})
+    ]
+    assert found[0] == found[1] != found[2]
 
 
 def test_what_does_not_matter_is_said(base, donor):

@@ -113,7 +113,12 @@ class Family(abc.ABC):
 
     def compared(self, config: Config) -> Config:
         """Return the settings by which two models are told apart, in one form whatever spelling they had."""
-        return {key: value for key, value in config.items() if key not in self.spellings}
+        out = {key: value for key, value in config.items() if key not in self.spellings}
+        return out | {"rope_parameters": self.rotation(config)}
+
+    def rotation(self, config: Config) -> Config | None:
+        """Return the rotary settings as transformers writes them when it saves a model; None without any."""
+        return config.get("rope_parameters")
 
     @abc.abstractmethod
     def weights(self, config: Config) -> Weights:

@@ -67,11 +67,9 @@ class Decoder(DecoderWidth, Trained):
     def compared(self, config: Config) -> Config:
         kinds = config.get("layer_types")
         slides = kinds is None or "sliding_attention" in kinds
-        out = {k: v for k, v in super().compared(config).items() if slides or k not in WINDOWS}
-        return out | {"rope_parameters": self.rotation(config)}
+        return {k: v for k, v in super().compared(config).items() if slides or k not in WINDOWS}
 
     def rotation(self, config: Config) -> Config:
-        """Return the rotary settings with what transformers writes beside them when it saves a model."""
         rope = {"partial_rotary_factor": self.rotated, **config["rope_parameters"]}
         if rope["rope_type"] in LENGTHENED:
             rope.setdefault("original_max_position_embeddings", config["max_position_embeddings"])

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle.families import Config, Weights
+from upcycle.families import Config, Weights, rope_parameters
 from upcycle.families._plain_decoder import PlainDecoder
 from upcycle.families._weights import Table, linear, norm
 
@@ -58,6 +58,9 @@ class Falcon(PlainDecoder):
         # Its class copies grouped keys to all heads before it keeps them.
         one = config["multi_query"] and not config["new_decoder_architecture"]
         return int(2 * (1 if one else config["num_attention_heads"]) * config["head_dim"])
+
+    def rotation(self, config: Config) -> Config | None:
+        return None if config["alibi"] else rope_parameters(config, 10_000.0)
 
     def outside(self, config: Config) -> Weights:
         table: Weights = {"word_embeddings.weight": Table((config["vocab_size"], config["hidden_size"]))}

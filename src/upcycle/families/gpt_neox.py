@@ -1,6 +1,6 @@
 """GPT-NeoX: Pythia, Dolly; parallel residuals, biased LayerNorms, one matrix for queries, keys, values."""
 
-from upcycle.families import Config, Weights
+from upcycle.families import Config, Weights, rope_parameters
 from upcycle.families._plain_decoder import PlainDecoder
 from upcycle.families._weights import Table, linear, norm
 
@@ -31,6 +31,10 @@ class GPTNeoX(PlainDecoder):
         "attention_bias": True,
         "tie_word_embeddings": False,
     }
+
+    def rotation(self, config: Config) -> Config:
+        theta, share = config.get("rotary_emb_base"), config.get("rotary_pct", 0.25)
+        return rope_parameters({"rope_theta": theta, "partial_rotary_factor": share, **config}, 10_000.0)
 
     def outside(self, config: Config) -> Weights:
         table: Weights = {"embed_in.weight": Table((config["vocab_size"], config["hidden_size"]))}

@@ -40,6 +40,14 @@ class ModernBert(Encoder):
         act = config["hidden_activation"] or "gelu"
         return super().finish({**config, "hidden_act": act})
 
+    def rotation(self, config: Config) -> Config:
+        whole, near = config.get("global_rope_theta", 160_000.0), config.get("local_rope_theta", 10_000.0)
+        rope = config.get("rope_parameters") or {}
+        return {
+            kind: {"rope_type": "default", "rope_theta": theta, **rope.get(kind, {})}
+            for kind, theta in {"full_attention": whole, "sliding_attention": near}.items()
+        }
+
     def _norm(self, config: Config, name: str) -> Weights:
         size = (config["hidden_size"],)
         bias: Weights = {f"{name}.bias": Weight(size)} if config["norm_bias"] else {}

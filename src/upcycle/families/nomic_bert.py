@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle.families import Config, Stack, Weights
+from upcycle.families import Config, Stack, Weights, rope_parameters
 from upcycle.families._encoder import Encoder
 from upcycle.families._stacks import only_stack
 from upcycle.families._weights import Table, below, linear, norm
@@ -50,6 +50,9 @@ class NomicBert(Encoder):
     def finish(self, config: Config) -> Config:
         given = config["head_dim"]
         return super().finish(config) | ({"head_dim": given} if given else {})
+
+    def rotation(self, config: Config) -> Config:
+        return rope_parameters(config, 1000.0)
 
     def body(self, config: Config) -> Weights:
         hidden, width = config["hidden_size"], config["intermediate_size"]

@@ -40,6 +40,10 @@ class Pixtral(Trained):
         config["architectures"] = [self.architectures[0]]
         return config
 
+    def rotation(self, config: Config) -> Config:
+        rope = config.get(_ROPE) or {}
+        return {"rope_theta": rope.get("rope_theta", config.get("rope_theta", 10_000.0))}
+
     def weights(self, config: Config) -> Weights:
         hidden, width = config["hidden_size"], config["intermediate_size"]
         out: Weights = {
