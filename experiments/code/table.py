@@ -40,6 +40,7 @@ FACTORS: dict[str, Changes] = {
     "virtual_group_4": {"moe": _QUARTERS} | _IN_GROUPS,
     "virtual_group_ungrouped": {"moe": _HALVES, "init": {"name": "virtual_group"}},
     "shuffle_slice": {"moe": _HALVES, "init": {"name": "shuffle_slice"}},
+    "shuffle_slice_4": {"moe": _QUARTERS, "init": {"name": "shuffle_slice"}},
     "shuffle_slice_redrawn": {"moe": _HALVES, "init": {"name": "shuffle_slice", "redraw": 0.5}},
     "copy_4_experts": {"moe": {"num_experts": 4, "top_k": 2}},
     "copy_16_experts": {"moe": {"num_experts": 16, "top_k": 2}},
@@ -63,6 +64,7 @@ FACTORS: dict[str, Changes] = {
 # What did best among the factors, two at once.
 TOGETHER: dict[str, Changes] = {
     "virtual_group_every_other": {"moe": _HALVES | _EVERY_OTHER} | _IN_GROUPS,
+    "shuffle_slice_every_other": {"moe": _HALVES | _EVERY_OTHER, "init": {"name": "shuffle_slice"}},
     "copy_every_other_moments": {"moe": _TOP_2 | _EVERY_OTHER} | CARRIED,
 }  # fmt: skip
 
@@ -82,12 +84,13 @@ QUESTIONS = {
     "moments": ["dense", "copy", "dense_moments", "copy_moments"],
     "width of experts": ["dense", "virtual_group", "virtual_group_ungrouped", "virtual_group_4"],
     "copies": ["dense", "copy", "noise", "copy_every_other", "copy_top_1"],
-    "slices": ["dense", "virtual_group", "shuffle_slice", "shuffle_slice_redrawn"],
+    "slices": ["dense", "virtual_group", "shuffle_slice", "shuffle_slice_4", "shuffle_slice_redrawn"],
     "two at once": [
         "dense",
         "virtual_group",
         "copy_every_other",
         "virtual_group_every_other",
+        "shuffle_slice_every_other",
         "copy_every_other_moments",
     ],
 }

@@ -249,6 +249,8 @@ def test_a_folder_is_compared_without_asking_for_each_file(
         ({}, {"held_out": 0.3}, True),
         ({"held_out": 0.3, "split_seed": 1}, {"held_out": 0.3}, True),
         ({"held_out": 0.3}, {"held_out": 0.3, "path": "mix/a.txt"}, True),
+        ({"held_out": 0.3}, {"held_out": 0.3, "append_eos": False}, True),
+        ({"held_out": 0.3, "tokenizer": "other"}, {"held_out": 0.3}, True),
         # What the later stage holds out, the earlier one holds out as well.
         ({"held_out": 0.3}, {"held_out": 0.3, "path": "same"}, False),
         ({"held_out": 0.3}, {"held_out": 0.05}, False),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from datetime import date
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +40,7 @@ from upcycle.training.loop import train
 from upcycle.training.metrics import read
 from upcycle.training.run import Run
 
+TODAY = date(2024, 7, 26)
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 CHATS: list[dict[str, Any]] = [
     {"messages": turns("Hi?", "Yes.", "  And \n", "Näh, 🙂!\n", system="Be brief.")},
@@ -61,7 +63,7 @@ def told(rows: list[dict[str, Any]]) -> Iterator[Any]:
 
 def test_marks_are_those_of_transformers(tmp_path):
     tokenizer = byte_tokenizer(tmp_path, MARKED)
-    for row, found in zip(CHATS, tokens_of(told(CHATS), tokenizer), strict=True):
+    for row, found in zip(CHATS, tokens_of(told(CHATS), tokenizer, TODAY), strict=True):
         wanted = tokenizer.apply_chat_template(
             row["messages"], tools=row.get("tools"), return_dict=True, return_assistant_tokens_mask=True
         )
@@ -78,7 +80,7 @@ def test_marks_in_real_questions(stories):
         asked = [json.loads(line) for line in islice(file, 60)]
     said = [(row["query"], row["choices"][row["gold"]]) for row in asked]
     rows = [{"messages": turns(*one, *two)} for one, two in zip(said[::2], said[1::2], strict=True)]
-    for row, found in zip(rows, tokens_of(told(rows), tokenizer), strict=True):
+    for row, found in zip(rows, tokens_of(told(rows), tokenizer, TODAY), strict=True):
         wanted = tokenizer.apply_chat_template(
             row["messages"], return_dict=True, return_assistant_tokens_mask=True
         )
@@ -88,7 +90,7 @@ def test_marks_in_real_questions(stories):
 
 def test_without_marks_an_answer_is_what_it_adds_after_the_prompt(tmp_path):
     tokenizer = byte_tokenizer(tmp_path, CHATML)
-    (found,) = tokens_of(told(CHATS[:1]), tokenizer)
+    (found,) = tokens_of(told(CHATS[:1]), tokenizer, TODAY)
     parts = [
         ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi?<|im_end|>\n", 0),
         ("<|im_start|>assistant\n", 0),
@@ -111,7 +113,7 @@ def test_blanks_at_the_end_of_a_mark_are_not_the_rest_of_the_chat(tmp_path):
     )
     tokenizer = byte_tokenizer(tmp_path, template)
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    (found,) = tokens_of(told([{"messages": turns("a", "b", "c", "d")}]), tokenizer)
+    (found,) = tokens_of(told([{"messages": turns("a", "b", "c", "d")}]), tokenizer, TODAY)
     words = tokenizer.convert_ids_to_tokens(found.ids.tolist())
     assert "".join(words) == "aĊĠbĠĊcĊĠdĠĊ"
     assert [bool(x) for x in found.answers] == [False] * 2 + [True] * 4 + [False] * 2 + [True] * 4
@@ -135,7 +137,7 @@ def test_templates_that_do_not_do(template, messages, message, tmp_path):
     tokenizer = byte_tokenizer(tmp_path, None)
     tokenizer.chat_template = template
     with pytest.raises(UpcycleError, match=message):
-        tokens_of(told([{"messages": messages}]), tokenizer)
+        tokens_of(told([{"messages": messages}]), tokenizer, TODAY)
 
 
 @pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"weight": 0.0, "train": None}])
@@ -148,7 +150,7 @@ def test_an_answer_that_is_marked_is_not_learnt(mark, template, tmp_path):
         {**message, **({1: mark, 3: {"weight": 1}, 2: {"train": False}}.get(place, {}))}
         for place, message in enumerate(plain)
     ]
-    whole, found = tokens_of(told([{"messages": plain}, {"messages": marked}]), tokenizer)
+    whole, found = tokens_of(told([{"messages": plain}, {"messages": marked}]), tokenizer, TODAY)
     assert found.ids.tolist() == whole.ids.tolist()
     assert tokenizer.decode(whole.ids[whole.answers]).split("<|im_end|>")[0] == "one"
     lost = tokenizer.decode(whole.ids[whole.answers & ~found.answers])
@@ -166,13 +168,37 @@ def test_marks_that_a_template_moves_are_not_guessed(tmp_path):
     messages = turns("a", "one", "b", "two")
     messages[1]["weight"] = 0
     with pytest.raises(UpcycleError, match="nobody knows which text has weight = 0 or train = false"):
-        tokens_of(told([{"messages": messages}]), byte_tokenizer(tmp_path, moving))
+        tokens_of(told([{"messages": messages}]), byte_tokenizer(tmp_path, moving), TODAY)
 
 
 def test_a_template_that_forgets_does_for_one_answer(tmp_path):
     """Its last answer is written as it was, so that the prefix property holds."""
-    (found,) = tokens_of(told([{"messages": turns("a", "b")}]), byte_tokenizer(tmp_path, FORGETFUL))
+    (found,) = tokens_of(told([{"messages": turns("a", "b")}]), byte_tokenizer(tmp_path, FORGETFUL), TODAY)
     assert found.answers.sum() == len("<think></think>b") + 2
+
+
+def test_a_template_that_writes_todays_day_writes_that_of_the_task(dense, tmp_path):
+    """So a run can be resumed tomorrow, and all seeds hold out the same."""
+    dated = tmp_path / "dated.jinja"
+    dated.write_text("{{ strftime_now('%d %b %Y') }}" + MARKED)
+    for written, keys in (("26 Jul 2024", {}), ("01 Feb 2030", {"today": "2030-02-01"})):
+        row = feed_of(dense, chat_template=str(dated), **keys).next(1)["ids"][0]
+        assert AutoTokenizer.from_pretrained(dense).decode(row).startswith(written)
+    with pytest.raises(UpcycleError, match=r"task\.today = '26 July'; it must be a day, such as"):
+        tasks.find("sft")(today="26 July")
+
+
+def test_a_run_is_not_resumed_with_another_set_to_score_on(dense, tmp_path):
+    rows = (dense / "chats.jsonl").read_text().splitlines()
+    test = tmp_path / "test.jsonl"
+    test.write_text("\n".join(rows[:4]))
+    run = table(dense, tmp_path / "run", data={"held_out": 0.0}, train={"steps": 3})
+    run["task"]["test"] = str(test)
+    train(run)
+    test.write_text("\n".join(rows[4:8]))
+    run["train"]["steps"] = 4
+    with pytest.raises(UpcycleError, match=r"test\.jsonl has other rows of chats than it had"):
+        train(run, resume=True)
 
 
 @pytest.fixture(scope="session")

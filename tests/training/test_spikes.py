@@ -220,6 +220,10 @@ def test_a_run_that_does_not_get_past_bad_steps_ends(trainable, quiet, harmed, t
         harmed["factor"] = dict.fromkeys(quiet[1][3:], math.nan)
         with pytest.raises(UpcycleError, match=message):
             train(Run.of(run))
+    run = table(trainable, tmp_path / "none", spikes={"nonfinite": "roll_back", "most": 2})
+    harmed["factor"] = dict.fromkeys(quiet[1], math.nan)
+    with pytest.raises(UpcycleError, match="3 steps in a row were skipped"):  # before the first checkpoint
+        train(Run.of(run | {"checkpoint": {"every": 9}}))
     with pytest.raises(UpcycleError, match=r"checkpoint\.every = 0 writes none"):
         Run.of(table(trainable, tmp_path, spikes={"act": "roll_back"}, checkpoint={"every": 0}))
 

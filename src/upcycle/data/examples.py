@@ -6,6 +6,7 @@ An epoch is a permutation of the training examples, keyed by (seed, epoch).
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +16,8 @@ from upcycle.data.folders import put_back
 from upcycle.data.readings import Reading
 from upcycle.errors import UpcycleError, listed
 from upcycle.tensors import rng
+
+_DAMAGED = "what the checkpoint says of its place in the data is damaged; delete its folder"
 
 
 class Labelled(Protocol):
@@ -75,7 +78,6 @@ class Examples:
         reading: Reading | None = None,
     ) -> None:
         self._train, self._seed, self._reading = train, seed, reading or Reading()
-        self._digest = hashlib.sha256(train.labels.astype("<i8").tobytes()).hexdigest()[:16]
         share = held_out_share if held_out is None else 0.0
         kept = len(train) - round(len(train) * share)
         if not kept or (share and kept == len(train)):
@@ -101,41 +103,22 @@ class Examples:
         return [self._reading.consumed / len(self._trained)]
 
     def state(self) -> dict[str, Any]:
-        """Return the position as JSON."""
-        known = {} if self._train.digest is None else {"sha256": self._train.digest}
-        return {
-            "consumed": self._reading.consumed,
-            "examples": len(self._train),
-            "labels": self._digest,
-            **known,
-        }
+        """Return the position, and what the sets are, as JSON."""
+        apart = {} if self._kept_set is self._train else {"test": _known(self._kept_set)}
+        return {"consumed": self._reading.consumed, **_known(self._train), **apart}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go to a saved position. Raises `UpcycleError` if the examples have changed since."""
-        before = state.get("examples")
-        if type(before) is not int or type(state.get("consumed")) is not int or state["consumed"] < 0:
-            raise UpcycleError(
-                "what the checkpoint says of its place in the data is damaged; delete its folder"
-            )
-        name, heeded = self._train.name, ""
-        if (count := len(self._train)) != before:
-            raise UpcycleError(
-                f"{name} has {count} {self._train.kind} and had {before} when the checkpoint was saved; "
-                f"{put_back(name)}, or start a new run"
-            )
-        if self._digest != state.get("labels"):
-            if isinstance(self._train.class_names, NamesOfNumbers):
-                heeded = " (if its numbers counted then, and not their names, store them without names)"
-            raise UpcycleError(
-                f"{name} has other labels than it had when the checkpoint was saved; put the data back as it "
-                f"was{heeded}, or start a new run"
-            )
-        if None not in (was := state.get("sha256"), self._train.digest) and was != self._train.digest:
-            raise UpcycleError(
-                f"{self._train.name} has other {self._train.kind} than it had when the checkpoint was saved; "
-                f"put the data back as it was, or start a new run"
-            )
-        self._reading.consumed = int(state["consumed"])
+        """Go to a saved position. Raises `UpcycleError` if the examples have changed since.
+
+        Checkpoints of versions that recorded no test set are accepted.
+        """
+        consumed, test = state.get("consumed"), state.get("test")
+        if type(consumed) is not int or consumed < 0 or not isinstance(test, dict | None):
+            raise UpcycleError(_DAMAGED)
+        _refuse_changed(self._train, state)
+        if test is not None and self._kept_set is not self._train:
+            _refuse_changed(self._kept_set, test)
+        self._reading.consumed = consumed
 
     def next(self, rows: int, part: slice = slice(None)) -> dict[str, np.ndarray]:
         """Advance by `rows` examples and return those in `part`."""
@@ -159,6 +142,40 @@ class Examples:
         taken = n if rows is None else min(n, rows)
         places = np.arange(taken) * n // max(taken, 1)
         return self._kept_set.rows(self._kept[places])
+
+
+def _known(examples: Labelled) -> dict[str, Any]:
+    """Return by what a set is known again, as JSON."""
+    content = {} if examples.digest is None else {"sha256": examples.digest}
+    return {"examples": len(examples), "labels": _hash_of_labels(examples), **content}
+
+
+def _hash_of_labels(examples: Labelled) -> str:
+    return hashlib.sha256(examples.labels.astype("<i8").tobytes()).hexdigest()[:16]
+
+
+def _refuse_changed(examples: Labelled, known: Mapping[str, Any]) -> None:
+    """Raise `UpcycleError` if a set is not the one that a checkpoint says."""
+    name, heeded, before = examples.name, "", known.get("examples")
+    if type(before) is not int:
+        raise UpcycleError(_DAMAGED)
+    if (count := len(examples)) != before:
+        raise UpcycleError(
+            f"{name} has {count} {examples.kind} and had {before} when the checkpoint was saved; "
+            f"{put_back(name)}, or start a new run"
+        )
+    if _hash_of_labels(examples) != known.get("labels"):
+        if isinstance(examples.class_names, NamesOfNumbers):
+            heeded = " (if its numbers counted then, and not their names, store them without names)"
+        raise UpcycleError(
+            f"{name} has other labels than it had when the checkpoint was saved; put the data back as it "
+            f"was{heeded}, or start a new run"
+        )
+    if None not in (was := known.get("sha256"), examples.digest) and was != examples.digest:
+        raise UpcycleError(
+            f"{name} has other {examples.kind} than it had when the checkpoint was saved; put the data back "
+            f"as it was, or start a new run"
+        )
 
 
 def refuse_other_classes(train: Labelled, held_out: Labelled) -> None:

@@ -63,17 +63,28 @@ def _between(before: Data, after: Data, read: Callable[[Source], tuple[Path, ...
                 continue
             if _same(one, here, other, there) and _holds_out_as_much(before, after):
                 continue
+            alike = _tokens(before) == _tokens(after)
+            why = f"holds out {before.held_out:g}" if alike else "makes other tokens"
             return (
                 f"a stage is scored on {after.held_out:g} of {other.path}, which it holds out, and an "
-                f"earlier stage trains on some of that, because it holds out {before.held_out:g} of "
-                f"{one.path}; give both the same sources, held_out and split_seed, or other files"
+                f"earlier stage trains on some of that, because it {why} of {one.path}; give both the same "
+                f"sources, held_out, split_seed, tokenizer and append_eos, or other files"
             )
     return None
 
 
 def _holds_out_as_much(before: Data, after: Data) -> bool:
-    """Return whether `before` holds out what `after` does of the same source, and perhaps more."""
-    return before.held_out >= after.held_out and (before.split_seed or 0) == (after.split_seed or 0)
+    """Return whether `before` holds out what `after` does of the same source, and perhaps more.
+
+    What is held out is counted in tokens, so both must make the same ones of a text.
+    """
+    alike = _tokens(before) == _tokens(after) and (before.split_seed or 0) == (after.split_seed or 0)
+    return alike and before.held_out >= after.held_out
+
+
+def _tokens(data: Data) -> tuple[str | None, bool]:
+    """Return what decides which tokens a text becomes."""
+    return data.tokenizer, data.append_eos
 
 
 def _files(source: Source) -> tuple[Path, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from datetime import date
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -52,12 +53,12 @@ def read_template(path: str) -> str:
     return text
 
 
-def tokens_of(chats: Iterator[Chat], tokenizer: Any) -> list[ChatTokens]:
-    """Return the tokens of each chat.
+def tokens_of(chats: Iterator[Chat], tokenizer: Any, today: date) -> list[ChatTokens]:
+    """Return the tokens of each chat; `today` is the day that a template writes as today's.
 
     Raises `UpcycleError` for a chat that the template refuses, or whose answers cannot be told apart.
     """
-    find = cache(lambda tools: _template(tokenizer, tools=tools))
+    find = cache(lambda tools: _template(tokenizer, tools=tools, today=today))
     found: list[ChatTokens] = []
     while some := list(islice(chats, _BATCH)):
         rendered = [_rendered(chat, find(bool(chat.tools))) for chat in some]
@@ -78,11 +79,11 @@ def tokens_of(chats: Iterator[Chat], tokenizer: Any) -> list[ChatTokens]:
     return found
 
 
-def end_of_answer(tokenizer: Any) -> int | None:
+def end_of_answer(tokenizer: Any, today: date) -> int | None:
     """Return the special token that the chat template writes after an answer; None if there is none."""
     asked, answer = ({"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "It is."})
     try:
-        text, _ = _template(tokenizer, tools=False).render([asked, answer], ())
+        text, _ = _template(tokenizer, tools=False, today=today).render([asked, answer], ())
     except Exception:  # a template can refuse these two messages for any reason
         return None
     made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -98,11 +99,11 @@ def end_of_answer(tokenizer: Any) -> int | None:
     )
 
 
-def _template(tokenizer: Any, *, tools: bool) -> Template:
+def _template(tokenizer: Any, *, tools: bool, today: date) -> Template:
     from upcycle.hf.chat_templates import Template
 
     try:
-        return Template.of(tokenizer, tools=tools)
+        return Template.of(tokenizer, tools=tools, today=today)
     except ValueError as error:
         raise UpcycleError(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template for these chats "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +15,7 @@ from upcycle.data.corruption import IGNORED
 from upcycle.data.documents import Source, saved_splits
 from upcycle.data.feeding import Feed, Feeding
 from upcycle.data.splits import mixed, to_score
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, shown
 from upcycle.families import CAUSAL_HEADS
 from upcycle.system import progress
 from upcycle.tasks import ON_HOST, POSITIONS, Batch, Found, Judge, Question, Task
@@ -49,6 +50,8 @@ class SFT(Task):
     # split of `test` if that is a Hugging Face dataset with splits; none: test, or the only one
     test_split: str | None = None
     chat_template: str | None = None  # a file with a chat template (Jinja); none: that of the tokenizer
+    # the day, YYYY-MM-DD, that a template writes as today's (strftime_now): the same whenever it is written
+    today: str = "2024-07-26"
     # what becomes of a chat that is longer than a row: left out, or cut at its end
     too_long: Literal["leave_out", "cut"] = "leave_out"
     pack: bool = True  # whether several chats share a row; each sees those before it, but for data.isolate
@@ -59,6 +62,12 @@ class SFT(Task):
             raise UpcycleError(
                 f"task.test_split = {self.test_split} is a split of task.test, which is not set; set it, too"
             )
+        try:
+            date.fromisoformat(self.today)
+        except ValueError:
+            raise UpcycleError(
+                f"task.today = {shown(self.today)}; it must be a day, such as 2024-07-26"
+            ) from None
 
     def feed(self, feeding: Feeding, subject: Subject) -> Feed:
         train = self._rows(only_source(feeding, self), feeding, subject)
@@ -69,6 +78,10 @@ class SFT(Task):
     def _scored(self) -> Source | None:
         """The set to score on, if it is one of its own."""
         return None if self.test is None else to_score(self.test, self.test_split)
+
+    @property
+    def _today(self) -> date:
+        return date.fromisoformat(self.today)
 
     def objection(self, data: Data) -> str | None:
         test = self._scored
@@ -88,7 +101,7 @@ class SFT(Task):
     def _rows(self, source: Source, feeding: Feeding, subject: Subject) -> ChatRows:
         tokenizer = with_template(tokenizer_of(feeding, subject), self.chat_template)
         found = ChatRows.of(
-            tokens_of(chats.read(source.path, source.split), tokenizer),
+            tokens_of(chats.read(source.path, source.split), tokenizer, self._today),
             name=source.path,
             length=feeding.length,
             cut=self.too_long == "cut",
@@ -107,7 +120,7 @@ class SFT(Task):
         return {} if path is None else {"chat_template.jinja": read_template(path)}
 
     def end(self, tokenizer: Any) -> int | None:
-        return end_of_answer(tokenizer)
+        return end_of_answer(tokenizer, self._today)
 
     def question(self, batch: Batch, subject: Subject, *, training: bool) -> Question:
         inputs = {"input_ids": batch["ids"], "attention_mask": batch["mask"], "use_cache": False}

@@ -85,7 +85,7 @@ def ready(run: Run, begun: Start, task: Task, here: Ranks, checkpoint: Path | No
     if here.first and before is not None:
         _say_changed_layout(before, here)
         _say_kept_precision(run, precision)
-    _refuse_other_teacher(before, begun, here)
+    _refuse_changed_sources(before, begun, here)
     lengths = task.lengths(run.train.sequence_length, begun.subject)
     run = micro_batch.chosen(run, begun, lengths, here, before, precision=precision)
     course = Course(run)
@@ -180,17 +180,20 @@ def _say_kept_precision(run: Run, precision: str) -> None:
         )
 
 
-def _refuse_other_teacher(before: RunState | None, begun: Start, here: Ranks) -> None:
-    """Refuse to go on if the teacher has changed, because it is read again and the model learned from it."""
-    if before is None or before.source_sha256 is None or begun.teacher is None:
+def _refuse_changed_sources(before: RunState | None, begun: Start, here: Ranks) -> None:
+    """Refuse to go on if a checkpoint that the run began from has changed.
+
+    A teacher is read again, and `upcycle export` would refuse the trained model.
+    """
+    if before is None or before.source_sha256 is None:
         return
-    checkpoint = begun.teacher.checkpoint
-    then = before.source_sha256.get(checkpoint.label)
-    if hashes_of([checkpoint], here)[checkpoint.label] != then:
-        raise UpcycleError(
-            f"the teacher {checkpoint.name} has changed since step {before.step} was saved; put it back as "
-            f"it was, or start a new run"
-        )
+    now = hashes_of(begun.checkpoints, here)
+    for opened in begun.checkpoints:
+        if now[opened.label] != before.source_sha256.get(opened.label):
+            raise UpcycleError(
+                f"the {opened.label} {opened.name} has changed since step {before.step} was saved; put it "
+                f"back as it was, or start a new run"
+            )
 
 
 @contextmanager

@@ -177,13 +177,14 @@ class Stepping:
     def _go_back(self, harmful: int) -> bool:
         """Go back to the newest checkpoint and leave out batch number `harmful`.
 
-        Returns False if there is no checkpoint; the update was left out, and that is all that can be done.
+        Returns False if there is no checkpoint; the update was left out, and counts as one that was skipped.
         """
         self._writer.wait()
         checkpoint = self.trainee.ranks.share(saving.latest(self._out))
-        self._book.go_back()
         if checkpoint is None:
+            self._book.bad = None
             return False
+        self._book.go_back()
         self.trainee, self.state = back.go(
             self.trainee,
             self._course,
