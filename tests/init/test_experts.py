@@ -294,3 +294,15 @@ def test_stories(stories, tmp_path):
         off = np.abs(found[part] - rounded)
         assert (off <= np.spacing(np.abs(rounded))).all()
         assert np.mean(off > 0) < 1e-4  # the sum is rounded once, so hardly any value is even one step off
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "hunyuan_v1_dense", "glm"])
+def test_a_model_that_gives_no_expert_is_named_where_the_target_has_a_shared_one(model_type, dense, tmp_path):
+    """The shared expert that the target must have takes gate and up of the source, and gives zero."""
+    source, donor = dense(model_type), dense(model_type, seed=1)
+    convert(source, tmp_path / "moe", recipe({"source": str(donor)}, num_experts=2))
+    proof = verify(source, tmp_path / "moe", logits=False)
+    assert proof.holds, proof.checks
+    left = json.loads((tmp_path / "moe" / "upcycle.json").read_text())["left_out_tensors"]
+    own = [name for name in left if not name.startswith("donor")]
+    assert own and all(".down_proj." in name for name in own)

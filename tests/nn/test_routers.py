@@ -353,6 +353,23 @@ def test_padding_changes_nothing_for_tokens(name):
         assert torch.allclose(found, wanted, rtol=0, atol=1e-12), length
 
 
+@pytest.mark.parametrize("shift", range(8))
+def test_an_expert_that_chooses_tokens_with_a_share_of_zero(shift):
+    """The last expert has to fill its places, and nobody else takes two of the tokens."""
+    weight = torch.zeros(E, H)
+    weight[:, :E], weight[-1] = 9 * torch.eye(E), 0.0
+    weight[-1, -1] = -150.0
+    hidden = torch.zeros(1, 8, H)
+    hidden[0, :6, :3], hidden[..., -1] = torch.eye(3).repeat_interleave(2, 0), 1.0
+    weight.requires_grad_()
+    routing = routers.read({"name": "expert_choice", "capacity_factor": 1.0}).route(
+        Tokens(hidden=hidden.roll(shift, 1), tensors={"weight": weight}, num_experts=E, top_k=1)
+    )
+    assert routing.dispatch.weights.isfinite().all()
+    routing.dispatch.weights.sum().backward()
+    assert weight.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("logit", [-50.0, -90.0, -100.0, -150.0])
 def test_a_sigmoid_of_very_small_scores(logit):
     """It is 0 from about -89 on. Weights are shares or zero, and gradients are finite."""

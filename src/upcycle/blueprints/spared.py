@@ -42,7 +42,7 @@ def _of_model(built: Blueprint, place: int) -> Iterator[tuple[TensorInfo, str]]:
     """Yield the stored tensors of one model that nothing is made of, each with the reason."""
     init, model = built.recipe.init, (built.dense, *built.donors)[place]
     in_backbone = place in init.in_backbone
-    in_experts = place in init.in_experts or (in_backbone and built.shared_width > 0)
+    in_experts = place in init.in_experts or (in_backbone and built.recipe.moe.shared_experts > 0)
     for name, tensor in (model.tensors | model.around).items():
         network = owned(built, name)
         if not (in_experts if network else in_backbone):

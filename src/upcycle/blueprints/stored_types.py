@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from upcycle.checkpoints.dtypes import BY_TORCH_NAME, COUNTERS, TORCH_NAMES
 from upcycle.tensors.lazy import Lazy
 
-KEPT = ("e_score_correction_bias",)  # ends of the names of tensors that keep their type with any `dtype`
+# Ends of the names of tensors that keep their type with any `dtype`: correction biases, the second LFM2's.
+KEPT = ("e_score_correction_bias", ".expert_bias")
 
 
 def of(tensors: Mapping[str, Lazy], dtype: str) -> dict[str, str]:

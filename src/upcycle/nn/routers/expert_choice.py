@@ -82,9 +82,8 @@ class ExpertChoice(Router):
         times = counted(rows, groups * length, taken)
         if self.normalize:
             sums = torch.zeros_like(probabilities[..., 0]).flatten().index_add(0, rows, weights)
-            if taken is not None:
-                sums = sums.masked_fill(times == 0, 1.0)
-            weights = weights / sums[rows]
+            # A share can be too small for its type, and padding is taken by nobody: such rows get nothing.
+            weights = weights / sums.masked_fill(sums < torch.finfo(sums.dtype).tiny, 1.0)[rows]
         return Routing(
             dispatch=Rows(
                 tokens=rows, experts=index, weights=weights, length=length, some_left=taken is not None
