@@ -27,7 +27,7 @@ from transformers import (
 
 import tiny
 from marks import sampled
-from upcycle import Recipe, UpcycleError, blueprint, cli, plan
+from upcycle import Recipe, UpcycleError, blueprint, cli, load, plan
 from upcycle.advice import comparison as compared
 from upcycle.advice import drop_ratio, duration, inference, layout, published, recipe_file, scaling_law
 from upcycle.advice.gather import advise
@@ -474,6 +474,20 @@ def test_a_block_keeps_what_torch_keeps(dense, changes, experts, top_k):
     found = (saved[3] - saved[1]) / 2 / tokens
     (stack,) = here.built.dense.stacks
     assert activations.block_bytes(here.built, stack, 0) == pytest.approx(found, abs=1)
+
+
+@pytest.mark.parametrize("changes", [{}, {"intermediate_size": 96}, {"hidden_size": 64}])
+def test_shared_experts_keep_what_torch_keeps(dense, changes):
+    """What autograd saves more with them, in the layers of our own."""
+    source, saved, told = dense("llama", **changes), [], []
+    for shared in (0, 1):
+        recipe = {"moe": {**UPCYCLED, "shared_experts": shared}}
+        model = load(source, recipe).bfloat16().train()
+        saved.append(bytes_saved(model.model, torch.arange(64)[None] % 90, use_cache=False))
+        built = situation(source, recipe, tokens=1).built
+        told.append(sum(activations.block_bytes(built, built.dense.stacks[0], n) for n in range(4)))
+    assert len(built.sites) == 4
+    assert told[1] - told[0] == pytest.approx((saved[1] - saved[0]) / 64, abs=4)
 
 
 @pytest.mark.parametrize("changes", [{}, {"intermediate_size": 96}, {"hidden_size": 64}])

@@ -30,6 +30,8 @@ STEPS = [  # the MoE, whether the head is tied, the layout, what is recomputed, 
     (UPCYCLED, True, Layout(replicate=2, fsdp=4, ep=4), False, "bfloat16"),
     (UPCYCLED, False, Layout(fsdp=8, ep=4), True, "mixed"),  # routers are groups of their own
     (UPCYCLED, False, Layout(fsdp=8), False, "mixed"),
+    ({**UPCYCLED, "shared_experts": 1}, False, Layout(fsdp=8), False, "mixed"),
+    ({**UPCYCLED, "shared_experts": 1}, False, Layout(fsdp=8), "selective", "bfloat16"),
 ]
 
 

@@ -21,8 +21,9 @@ def block_bytes(built: Blueprint, stack: Stack, layer: int) -> float:
     """Return the bytes that one block keeps of a token for its backward pass, in bf16 with flash attention.
 
     Beside its network a block keeps 16 H + 4 q + 2 kv + 4 heads. A dense network keeps 8 I + 8 if it is gated
-    and 4 I + 8 if it is not. Experts keep K (4 H + 8 I + 40) + 4 E + 12. A block of ConvNeXt keeps 8 H beside
-    its network. A block of ConvNeXt V2, which has a response norm, keeps 6 H beside it and 8 I in it.
+    and 4 I + 8 if it is not. Experts keep K (4 H + 8 I + 40) + 4 E + 12, and a shared expert 2 H + 8 I. A
+    block of ConvNeXt keeps 8 H beside its network. A block of ConvNeXt V2, which has a response norm, keeps
+    6 H beside it and 8 I in it.
     """
     if layer not in stack.numbers:
         return float(beside_network(built, stack, convnet_scales=True))
@@ -35,6 +36,8 @@ def block_bytes(built: Blueprint, stack: Stack, layer: int) -> float:
     row = built.dense.family.lengths(built.dense.config)[site.stack]
     for count, width, chosen in experts(built, site, row):
         beside += chosen * (4 * site.hidden + neuron * width + 40) + 4 * count
+    if site.shared_width:
+        beside += 2 * site.hidden + neuron * site.shared_width
     return beside + 12
 
 
@@ -91,6 +94,8 @@ def costly(setting: Setting, stack: Stack, layer: int) -> float:
     else:
         for count, neurons, chosen in experts(built, site, setting.lengths[stack.name]):
             numbers += count + chosen * (up * neurons + stack.hidden)
+        if site.shared_width:
+            numbers += up * site.shared_width + stack.hidden
     return width * numbers / setting.layout.tp + 4 * (heads or 0)
 
 
@@ -104,14 +109,15 @@ def alive_in_network(setting: Setting, stack: Stack, layer: int) -> tuple[float,
         return 0.0, 0.0
     site = site_of(setting.built, stack, layer)
     gate = setting.built.dense.feed_forward(layer, stack.name).gate is not None
-    sets = (
-        [(1, stack.width, 1.0)]
-        if site is None
-        else list(experts(setting.built, site, setting.lengths[stack.name]))
-    )
+    if site is None:
+        networks = [(stack.width, 1.0)]
+    else:
+        sets = experts(setting.built, site, setting.lengths[stack.name])
+        networks = [(width, chosen) for _, width, chosen in sets]
+        networks += [(site.shared_width, 1.0)] if site.shared_width else []
     rows = setting.tokens(stack.name) * setting.width / setting.layout.tp
-    middle = sum(rows * chosen * ((6 if gate else 4) * width + stack.hidden) for _, width, chosen in sets)
-    first = sum(rows * chosen * ((2 if gate else 1) * width + 2 * stack.hidden) for _, width, chosen in sets)
+    middle = sum(rows * chosen * ((6 if gate else 4) * width + stack.hidden) for width, chosen in networks)
+    first = sum(rows * chosen * ((2 if gate else 1) * width + 2 * stack.hidden) for width, chosen in networks)
     return middle, first
 
 
