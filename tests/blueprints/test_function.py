@@ -350,3 +350,13 @@ def test_a_deeper_model_says_that_it_is_dense(dense, tmp_path, capsys):
     assert "every block 2 times" in said
     for text in (card, said):
         assert not re.search(r"MoE|mixture|upcycled|init", text.partition("## Recipe")[0], re.IGNORECASE)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "bias"), [("lfm2", "expert_bias"), ("youtu", "e_score_correction_bias")]
+)
+def test_a_correction_bias_keeps_its_type(model_type, bias, dense):
+    built = blueprint(dense(model_type), Recipe.of({"moe": {"num_experts": 4}, "dtype": "bfloat16"}))
+    types = {name: entry.dtype for name, entry in built.entries.items()}
+    assert {dtype for name, dtype in types.items() if name.endswith(bias)} == {"F32"}
+    assert {dtype for name, dtype in types.items() if not name.endswith(bias)} == {"BF16"}

@@ -164,6 +164,12 @@ def test_what_does_not_fit_is_refused(dense, asked, words):
         upcycle.foretell(dense("llama", head_dim=8), Recipe.of(MOE), **asked)
 
 
+def test_a_layout_that_training_refuses_has_no_forecast(dense):
+    recipe = Recipe.of({"moe": {**MOE["moe"], "target": "upcycled"}})
+    with pytest.raises(UpcycleError, match=r"tensor parallelism \(tp\) is for native MoE"):
+        upcycle.foretell(dense("llama", head_dim=8), recipe, world=2, tp=2)
+
+
 def test_seconds_of_a_ring_by_hand():
     """A gigabyte over 8 GPUs of a machine, over 64 of 8 machines that share 8 ports each, and over 8 machines
     with a port each."""

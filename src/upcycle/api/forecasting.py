@@ -119,6 +119,7 @@ def _refuse(layout: Layout, built: Blueprint, world: int) -> None:
     config = built.dense.config
     heads = [config[n] for n in ("num_attention_heads", "num_key_value_heads") if config.get(n)]
     layout.refuse(world, experts=built.expert_counts, heads=heads, prefix="parallel.")
+    built.target.refuse_layout(built.config, tp_size=layout.tp, ep_size=layout.ep)
 
 
 def _lengths_of(run: Run, built: Blueprint) -> dict[str, int]:

@@ -172,14 +172,13 @@ class Upcycled(WithExperts):
         """Refuse tensor parallelism, and expert parallelism for experts that see all tokens of an image."""
         if tp_size > 1:
             raise UpcycleError(
-                "tensor parallelism is for native MoE; an upcycled model is shared out by fsdp_size and "
-                "ep_size"
+                "tensor parallelism (tp) is for native MoE; fsdp and ep share an upcycled model out"
             )
         if ep_size > 1 and any(entry.get("response_norm") for entry in config["moe"]):
             raise UpcycleError(
-                "ep_size: experts with a response norm (ConvNeXt V2) look at all tokens of an image that "
-                "come to them, and expert parallelism does not say which those are; set it to 1: fsdp_size "
-                "shares parameters out"
+                "experts with a response norm (ConvNeXt V2) look at all tokens of an image that come to "
+                "them, and expert parallelism does not say which those are; set ep to 1: fsdp shares "
+                "parameters out"
             )
 
     def made(self, name: str, shape: tuple[int, ...]) -> Weight:
