@@ -839,6 +839,8 @@ def test_tensors_of_another_thing_beside_the_model(name, said, fails, source, tm
     message = fails("convert", source, tmp_path / "out")
     assert name in message
     assert said in message
+    edit_tensors(source, lambda tensors: tensors.pop("lm_head.weight"))  # as a classifier has none
+    assert fails("convert", source, tmp_path / "out") == message
 
 
 def test_what_zero3_leaves(fails, source, tmp_path):

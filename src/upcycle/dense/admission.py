@@ -257,7 +257,6 @@ def _check_tensors(
     expected |= {name: info.shape for name, info in found.items() if family.unlisted(config, name)}
     for name in family.may_lack(config) - found.keys():
         del expected[name]
-    refuse_other_shapes(where, expected, {name: (info.name, info.shape) for name, info in found.items()})
     left_out = {}
     surplus = []
     for name in stored:
@@ -270,6 +269,7 @@ def _check_tensors(
             surplus.append(name)
     if surplus and (said := mistaken.heads(surplus)):
         raise UpcycleError(f"{where}: {said}, or {_without(checkpoint, 'these tensors')}")
+    refuse_other_shapes(where, expected, {name: (info.name, info.shape) for name, info in found.items()})
     refuse_surplus(checkpoint, surplus, family.model_type)
     return left_out
 
