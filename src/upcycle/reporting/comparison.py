@@ -70,6 +70,11 @@ class Group:
         """Return whether its source had experts already, so that no dense model can be its baseline."""
         return self.kind == "upcycled" and self.runs[0].table.get("grow") is not None
 
+    @property
+    def diverged(self) -> bool:
+        """Return whether the last held-out loss of a run is not finite; the curves end before that."""
+        return any(run.diverged for run in self.runs)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
@@ -98,11 +103,20 @@ class Pair:
         return not all(one.shares_source(other) for one in mine for other in theirs)
 
     @property
+    def diverged(self) -> bool:
+        """Return whether one of the two diverged, so that their curves say nothing about the end."""
+        return self.group.diverged or self.against.diverged
+
+    @property
     def paid(self) -> Paid:
         """The answer whether the Mixture of Experts is better at the end.
 
-        It is judged by the measurements and by two standard errors over seeds; one seed cannot decide it.
+        It is judged by the measurements and by two standard errors over seeds; one seed cannot decide it. A
+        Mixture of Experts that diverged has not paid, whatever its loss was before. A dense model that
+        diverged is nothing to be ahead of.
         """
+        if self.diverged:
+            return "no" if self.group.diverged else "cannot be told"
         found, error = self.standing, self.error
         if found.low is None or found.high is None:
             return "cannot be told"

@@ -23,8 +23,11 @@ def section(study: Study) -> Section:
         for pair in study.comparison.pairs
         if pair.group.kind == "upcycled" and pair.against.kind == "dense, continued"
     ]
-    pairs = [pair for pair in asked if pair.standing.end is not None and not pair.other_source]
-    blocks: list[Block] = [Sentence(text=_answer(study, pairs) if pairs else _nothing(study, asked))]
+    own = [pair for pair in asked if not pair.other_source]
+    pairs = [pair for pair in own if pair.standing.end is not None]
+    sound = any(not pair.diverged for pair in pairs)
+    said = _answer(study, pairs) if sound else _diverged(own) or _nothing(study, asked)
+    blocks: list[Block] = [Sentence(text=said)]
     if pairs:
         blocks.append(_table(pairs))
         blocks += [Sentence(text=text, tone="small") for text in _unanswered(asked)]
@@ -42,9 +45,13 @@ _STARTS = {
 
 
 def _answer(study: Study, pairs: Sequence[Pair]) -> str:
-    """Return the best result in one or two sentences; a clear yes or no needs several seeds."""
-    whole = [pair for pair in pairs if not any(run.unfinished or run.diverged for run in pair.group.runs)]
-    hardest = [max(of_one, key=_hardness) for of_one in _by_group(whole or pairs)]
+    """Return the best result in one or two sentences; a clear yes or no needs several seeds.
+
+    Models that diverged are in no result. One of the pairs at least has none.
+    """
+    sound = [pair for pair in pairs if not pair.diverged]
+    whole = [pair for pair in sound if not any(run.unfinished for run in pair.group.runs)]
+    hardest = [max(of_one, key=_hardness) for of_one in _by_group(whole or sound)]
     best = min(hardest, key=_gap)
     unit = formats.unit(best.group.runs[0].about.task)
     seeds = min(len(best.group.runs), len(best.against.runs))
@@ -171,13 +178,35 @@ def _table(pairs: Sequence[Pair]) -> Table:
         left=3,
         note="At the most FLOPs of their own training that both have spent. A loss that was not evaluated "
         "there lies between those of the evaluations on either side, and is shown from one to the other. One "
-        "standard error over seeds; what is called paid is ahead by two of them wherever it lies.",
+        "standard error over seeds; what is called paid is ahead by two of them wherever it lies. A model "
+        "that diverged has not paid, and is nothing to be ahead of; its numbers are those before.",
     )
 
 
 def _range(low: float, high: float) -> str:
     one, two = formats.loss(low), formats.loss(high)
     return one if one == two else f"{one} to {two}"
+
+
+def _diverged(own: Sequence[Pair]) -> str:
+    """Say that all models of one side diverged; empty if they did not. `own` are the pairs of one source."""
+    experts = [of_one[0].group for of_one in _by_group(own)]
+    if own and all(group.diverged for group in experts):
+        which = "The Mixture of Experts" if len(experts) == 1 else "Every Mixture of Experts"
+        return f"No. {which} diverged: {_no_loss(experts)}."
+    dense = list({id(pair.against): pair.against for pair in own}.values())
+    if own and all(group.diverged for group in dense):
+        which = "The dense model" if len(dense) == 1 else "Every dense model"
+        return (
+            f"That cannot be told. {which} that was trained on diverged, so there is nothing to compare "
+            f"with: {_no_loss(dense)}."
+        )
+    return ""
+
+
+def _no_loss(groups: Sequence[Group]) -> str:
+    labels = "; ".join(group.label for group in groups)
+    return f"the last held-out loss of {labels} is not a finite number"
 
 
 def _nothing(study: Study, asked: Sequence[Pair]) -> str:
