@@ -781,7 +781,7 @@ def test_a_grown_model_has_no_dense_baseline(tmp_path):
 
 def test_the_answer_is_that_against_the_best_dense_model(tmp_path):
     """Here one was trained at two rates, and once for so short a time that nobody could have gained."""
-    dense = {(1e-3, 60): 2.5, (1e-5, 60): 2.9, (1e-3, 5): 1.0}
+    dense = {(1e-3, 60): 2.5, (1e-5, 60): 2.9, (1e-3, 5): 2.8}
     runs = [
         write_run(tmp_path / f"d{peak}{steps}", lambda t, end=end: end, steps=steps, schedule={"peak": peak})
         for (peak, steps), end in dense.items()
@@ -793,6 +793,22 @@ def test_the_answer_is_that_against_the_best_dense_model(tmp_path):
         "the Mixture of Experts (4 experts, top-2, copy) is 0.2000 nats per token behind the best of the "
         "dense models that were trained on, dense, continued, "
     ) in sentences(made)[0]
+
+
+def test_of_dense_models_the_best_counts_and_not_the_longest(tmp_path):
+    """The one that ends first has the lower loss for fewer FLOPs, so no MoE is ahead of the best of them."""
+    moe = seeds(tmp_path, "moe", 2.7, moe={})
+    good = seeds(tmp_path, "good", 2.6, steps=54)
+    bad = seeds(tmp_path, "bad", 2.8, steps=66, schedule={"peak": 0.1})
+    made = document(*moe, *good, *bad)
+    rows = tables(made)["Held-out loss at equal training FLOPs"].rows
+    assert {row[1]: row[2] for row in rows} == {
+        "dense, continued, steps 54": "no", "dense, continued, steps 66": "yes",
+    }  # fmt: skip
+    assert sentences(made)[0].startswith("No. ")
+    assert (
+        "the best of the dense models that were trained on, dense, continued, steps 54" in sentences(made)[0]
+    )
 
 
 def test_what_was_measured_tells_the_same_however_often(tmp_path):

@@ -51,7 +51,7 @@ def _answer(study: Study, pairs: Sequence[Pair]) -> str:
     """
     sound = [pair for pair in pairs if not pair.diverged]
     whole = [pair for pair in sound if not any(run.unfinished for run in pair.group.runs)]
-    hardest = [max(of_one, key=_hardness) for of_one in _by_group(whole or sound)]
+    hardest = [min(of_one, key=_dense_loss) for of_one in _by_group(whole or sound)]
     best = min(hardest, key=_gap)
     unit = formats.unit(best.group.runs[0].about.task)
     seeds = min(len(best.group.runs), len(best.against.runs))
@@ -83,12 +83,12 @@ def _gap(pair: Pair) -> float:
     return (pair.standing.high or 0.0) + (pair.standing.low or 0.0)
 
 
-def _hardness(pair: Pair) -> tuple[float, float]:
-    """Return what orders dense models by how much they ask of one Mixture of Experts.
+def _dense_loss(pair: Pair) -> float:
+    """Return the loss of the dense model where the pair is compared, the middle of its bounds.
 
-    The comparison after the most FLOPs counts, and of those the one with the best dense model.
+    The lowest asks the most of a Mixture of Experts, also if its model ended earlier, after fewer FLOPs.
     """
-    return pair.standing.end or 0.0, _gap(pair)
+    return sum(measured(pair.against, pair.against.loss.value, pair.standing.end or 0.0)) / 2
 
 
 _HINT = (
