@@ -811,6 +811,29 @@ def test_of_dense_models_the_best_counts_and_not_the_longest(tmp_path):
     )
 
 
+def test_one_seed_of_a_better_model_does_not_hide_a_yes(tmp_path):
+    """Nor does one that is clearly behind answer for a better one of one seed. Both are named."""
+    dense = seeds(tmp_path, "dense", 2.8, steps=60)
+    better = seeds(tmp_path, "better", 2.6, count=1, moe={"num_experts": 8})
+    only = sentences(document(*dense, *better))[0]
+    assert only.startswith("One seed cannot tell. At equal training FLOPs the Mixture of Experts (8 experts")
+    clear = seeds(tmp_path, "clear", 2.65, moe={})
+    said = sentences(document(*dense, *better, *clear))[0]
+    assert said.startswith(
+        "Yes. At equal training FLOPs one of the Mixtures of Experts (4 experts, top-2, copy) is 0.1500 ± "
+    )
+    assert said.endswith(
+        " 8 experts, top-2, copy is 0.2005 nats per token ahead of the same dense model (one seed)."
+    )
+    behind = seeds(tmp_path, "behind", 2.9, moe={})
+    said = sentences(document(*dense, *better, *behind))[0]
+    assert said.startswith(
+        "One seed cannot tell. At equal training FLOPs the best of the Mixtures of Experts (8 experts"
+    )
+    assert " 4 experts, top-2, copy is 0.1000 ± " in said
+    assert said.endswith(" nats per token behind the same dense model (2 seeds).")
+
+
 def test_what_was_measured_tells_the_same_however_often(tmp_path):
     """Curves that fall: with fewer evaluations the answer is the same one, or that it cannot be told."""
 

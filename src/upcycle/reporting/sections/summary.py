@@ -42,32 +42,39 @@ _STARTS = {
     "one seed": "One seed cannot tell.",
     "cannot be told": "That cannot be told.",
 }
+_OPEN = ("one seed", "cannot be told")
 
 
 def _answer(study: Study, pairs: Sequence[Pair]) -> str:
-    """Return the best result in one or two sentences; a clear yes or no needs several seeds.
+    """Return the best result in a few sentences; a clear yes or no needs several seeds.
 
-    Models that diverged are in no result. One of the pairs at least has none.
+    A clear yes goes before a better result that is open. Models that diverged are in no result, and there
+    must be a pair without one.
     """
     sound = [pair for pair in pairs if not pair.diverged]
     whole = [pair for pair in sound if not any(run.unfinished for run in pair.group.runs)]
     hardest = [min(of_one, key=_dense_loss) for of_one in _by_group(whole or sound)]
-    best = min(hardest, key=_gap)
+    first = min(hardest, key=_gap)
+    best = min((pair for pair in hardest if pair.paid == "yes"), key=_gap, default=first)
     unit = formats.unit(best.group.runs[0].about.task)
-    seeds = min(len(best.group.runs), len(best.against.runs))
-    counted = "one seed" if seeds == 1 else f"{seeds} seeds"
-    which = "the Mixture of Experts" if len(_by_group(pairs)) == 1 else "the best of the Mixtures of Experts"
+    which = "the best of the Mixtures of Experts" if best is first else "one of the Mixtures of Experts"
+    which = "the Mixture of Experts" if len(_by_group(pairs)) == 1 else which
     others = sum(pair.group is best.group for pair in pairs) - 1
     dense = "the dense model that was trained on"
     dense = f"the best of the dense models that were trained on, {best.against.label}" if others else dense
     said = (
         f"{_STARTS[best.paid]} At equal training FLOPs {which} ({best.group.label}) is "
-        f"{_how_far(best, unit)} {dense} ({counted}{_between(best)})."
+        f"{_how_far(best, unit)} {dense} ({_seeds(best)}{_between(best)})."
     )
-    if best.paid != "one seed":
+    if best.paid == "one seed":
+        said = f"{said} {_on_documents(study, best) or _HINT}"
+    other = _beside(best, hardest)
+    if other is None:
         return said
-    paired = _on_documents(study, best)
-    return f"{said} {paired}" if paired else f"{said} {_HINT}"
+    same = (
+        "the same dense model" if other.against is best.against else f"the dense model {other.against.label}"
+    )
+    return f"{said} {other.group.label} is {_how_far(other, unit)} {same} ({_seeds(other)})."
 
 
 def _by_group(pairs: Sequence[Pair]) -> list[list[Pair]]:
@@ -76,6 +83,19 @@ def _by_group(pairs: Sequence[Pair]) -> list[list[Pair]]:
     for pair in pairs:
         together.setdefault(id(pair.group), []).append(pair)
     return [*together.values()]
+
+
+def _beside(best: Pair, pairs: Sequence[Pair]) -> Pair | None:
+    """Return the pair to name after `best`: a better one, or if `best` is open, one that is not."""
+    better = [pair for pair in pairs if _gap(pair) < _gap(best)]
+    settled = [pair for pair in pairs if best.paid in _OPEN and pair.paid not in _OPEN]
+    return min(better or settled, key=_gap, default=None)
+
+
+def _seeds(pair: Pair) -> str:
+    """Return how many seeds both have, in words."""
+    seeds = min(len(pair.group.runs), len(pair.against.runs))
+    return "one seed" if seeds == 1 else f"{seeds} seeds"
 
 
 def _gap(pair: Pair) -> float:
