@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from upcycle.training.rehearsal import rehearse
 from upcycle.training.run import Run
 
 MOE = {"moe": {"num_experts": 8}}
+UNITS = {"B": 1, "kB": 1e3, "MB": 1e6}
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,29 @@ def test_rows_of_two_stacks_are_those_of_the_dry_run(tmp_path):
     found, rehearsed = foretell_run(run, world=2), rehearse(run, world=2)
     spans = span_lengths(64, noise_density=0.15, mean_span=3)
     assert found.tokens == rehearsed.tokens_per_step == 16 * (64 + spans.targets)
+
+
+@pytest.mark.parametrize("taught", [True, False])
+def test_the_rows_of_the_memory_table_sum_to_its_total(taught, run, tmp_path, capsys):
+    """With the weights of a teacher and the masks that keep documents apart, which few runs have."""
+    text = run.read_text().replace("ep = 4", "ep = 1").replace("_length = 16", "_length = 64")
+    text = text.replace("activation_checkpointing = true", "activation_checkpointing = false")
+    if taught:
+        text = text.replace("data = {", "data = {isolate = true, ")
+        text += f'teacher = {{source = "{Run.load(run).source}"}}\n'
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    cli.main(["plan", str(path), "--world", "2"])
+    table = capsys.readouterr().out.split("at the peak\n")[1].split("the peak is")[0]
+    rows = {
+        re.split(r"  |\d", line)[0].strip(): re.findall(r"([\d.]+) (B|kB|MB)", line)
+        for line in table.splitlines()
+    }
+    assert ("weights of the teacher" in rows, "masks of attention" in rows) == (taught, taught)
+    both = {said: [float(n) * UNITS[unit] for n, unit in sizes] for said, sizes in rows.items()}
+    held, peak = both.pop("total")
+    assert sum(sizes[0] for sizes in both.values() if len(sizes) == 2) == pytest.approx(held, rel=5e-3)
+    assert sum(sizes[-1] for sizes in both.values()) == pytest.approx(peak, rel=5e-3)
 
 
 def test_the_forecast_is_shown(run, capsys):

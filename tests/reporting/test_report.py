@@ -781,7 +781,7 @@ def test_a_grown_model_has_no_dense_baseline(tmp_path):
 
 def test_the_answer_is_that_against_the_best_dense_model(tmp_path):
     """Here one was trained at two rates, and once for so short a time that nobody could have gained."""
-    dense = {(1e-3, 60): 2.5, (1e-5, 60): 2.9, (1e-3, 5): 1.0}
+    dense = {(1e-3, 60): 2.5, (1e-5, 60): 2.9, (1e-3, 5): 2.8}
     runs = [
         write_run(tmp_path / f"d{peak}{steps}", lambda t, end=end: end, steps=steps, schedule={"peak": peak})
         for (peak, steps), end in dense.items()
@@ -793,6 +793,45 @@ def test_the_answer_is_that_against_the_best_dense_model(tmp_path):
         "the Mixture of Experts (4 experts, top-2, copy) is 0.2000 nats per token behind the best of the "
         "dense models that were trained on, dense, continued, "
     ) in sentences(made)[0]
+
+
+def test_of_dense_models_the_best_counts_and_not_the_longest(tmp_path):
+    """The one that ends first has the lower loss for fewer FLOPs, so no MoE is ahead of the best of them."""
+    moe = seeds(tmp_path, "moe", 2.7, moe={})
+    good = seeds(tmp_path, "good", 2.6, steps=54)
+    bad = seeds(tmp_path, "bad", 2.8, steps=66, schedule={"peak": 0.1})
+    made = document(*moe, *good, *bad)
+    rows = tables(made)["Held-out loss at equal training FLOPs"].rows
+    assert {row[1]: row[2] for row in rows} == {
+        "dense, continued, steps 54": "no", "dense, continued, steps 66": "yes",
+    }  # fmt: skip
+    assert sentences(made)[0].startswith("No. ")
+    assert (
+        "the best of the dense models that were trained on, dense, continued, steps 54" in sentences(made)[0]
+    )
+
+
+def test_one_seed_of_a_better_model_does_not_hide_a_yes(tmp_path):
+    """Nor does one that is clearly behind answer for a better one of one seed. Both are named."""
+    dense = seeds(tmp_path, "dense", 2.8, steps=60)
+    better = seeds(tmp_path, "better", 2.6, count=1, moe={"num_experts": 8})
+    only = sentences(document(*dense, *better))[0]
+    assert only.startswith("One seed cannot tell. At equal training FLOPs the Mixture of Experts (8 experts")
+    clear = seeds(tmp_path, "clear", 2.65, moe={})
+    said = sentences(document(*dense, *better, *clear))[0]
+    assert said.startswith(
+        "Yes. At equal training FLOPs one of the Mixtures of Experts (4 experts, top-2, copy) is 0.1500 ± "
+    )
+    assert said.endswith(
+        " 8 experts, top-2, copy is 0.2005 nats per token ahead of the same dense model (one seed)."
+    )
+    behind = seeds(tmp_path, "behind", 2.9, moe={})
+    said = sentences(document(*dense, *better, *behind))[0]
+    assert said.startswith(
+        "One seed cannot tell. At equal training FLOPs the best of the Mixtures of Experts (8 experts"
+    )
+    assert " 4 experts, top-2, copy is 0.1000 ± " in said
+    assert said.endswith(" nats per token behind the same dense model (2 seeds).")
 
 
 def test_what_was_measured_tells_the_same_however_often(tmp_path):
@@ -850,6 +889,71 @@ def test_a_run_whose_loss_is_no_number_any_more_is_not_the_best(tmp_path):
         "moe did not update its weights in 2 of 40 steps, which stood out or were not finite; their tokens "
         "and FLOPs count"
     ) in said
+
+
+def seeds(folder: Path, name: str, end: float, lost: int = 0, count: int = 2, **more) -> list[Path]:
+    """Runs of some seeds that fall from 3 nats to about `end`; the first `lost` diverge at step 30."""
+    length = more.get("steps", 40) * BATCH
+
+    def curve(seed: int, tokens: float) -> float:
+        falls = 3 - (3 - end) * tokens / length + seed / 1000
+        return math.nan if seed < lost and tokens >= 30 * BATCH else falls
+
+    return [
+        write_run(folder / f"{name}{seed}", lambda t, s=seed: curve(s, t), seed=seed, **more)
+        for seed in range(count)
+    ]
+
+
+def test_a_model_that_diverged_has_not_paid(tmp_path):
+    """It is ahead where its curve ends, which is before its loss is no number any more."""
+    dense = seeds(tmp_path, "dense", 2.8, steps=60)
+    lost = seeds(tmp_path, "lost", 2.0, lost=2, moe={"top_k": 1})
+    made = document(*dense, *lost)
+    label = "4 experts, top-1, copy (diverged)"
+    assert sentences(made)[0] == (
+        f"No. The Mixture of Experts diverged: the last held-out loss of {label} is not a finite number."
+    )
+    rows = tables(made)["Held-out loss at equal training FLOPs"].rows
+    assert [row[:3] for row in rows] == [(label, "dense, continued", "no")]
+    assert rows[0][-1].startswith("−")
+    (row,) = tables(made)["Where the Mixture of Experts comes below, to stay"].rows
+    assert row[2:5] == ("diverged", "diverged", "not known")
+    # Beside a sound one the answer is that of the sound one.
+    sound = seeds(tmp_path, "sound", 2.5, moe={})
+    made = document(*dense, *lost, *sound)
+    assert sentences(made)[0].startswith(
+        "Yes. At equal training FLOPs the best of the Mixtures of Experts (4 experts, top-2, copy) is "
+    )
+    rows = tables(made)["Held-out loss at equal training FLOPs"].rows
+    assert {row[0]: row[2] for row in rows} == {label: "no", "4 experts, top-2, copy": "yes"}
+    more = seeds(tmp_path, "more", 2.0, lost=2, moe={"num_experts": 8})
+    assert sentences(document(*dense, *lost, *more))[0].startswith("No. Every Mixture of Experts diverged: ")
+
+
+def test_one_that_diverged_before_it_had_a_loss_has_not_paid(tmp_path):
+    dense = seeds(tmp_path, "dense", 2.8)
+    lost = write_run(tmp_path / "lost", lambda t: math.nan if t else 3.0, moe={})
+    assert sentences(document(*dense, lost))[0].startswith("No. The Mixture of Experts diverged: ")
+
+
+def test_a_dense_model_that_diverged_is_nothing_to_be_ahead_of(tmp_path):
+    lost = seeds(tmp_path, "lost", 2.9, lost=2, steps=60)
+    moe = seeds(tmp_path, "moe", 2.5, moe={})
+    made = document(*lost, *moe)
+    assert sentences(made)[0] == (
+        "That cannot be told. The dense model that was trained on diverged, so there is nothing to compare "
+        "with: the last held-out loss of dense, continued (diverged) is not a finite number."
+    )
+    assert tables(made)["Held-out loss at equal training FLOPs"].rows[0][2] == "cannot be told"
+    dense = seeds(tmp_path, "dense", 2.2, steps=60, schedule={"peak": 1e-4})
+    made = document(*lost, *moe, *dense)
+    assert sentences(made)[0].startswith("No. ")
+    assert "trained on, dense, continued (2 seeds" in sentences(made)[0]
+    rows = tables(made)["Held-out loss at equal training FLOPs"].rows
+    assert {row[1]: row[2] for row in rows} == {
+        "dense, continued (diverged)": "cannot be told", "dense, continued": "no",
+    }  # fmt: skip
 
 
 def test_points_that_differ_by_rounding_are_one():

@@ -6,29 +6,24 @@ compared, with the reason.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from upcycle import tasks
 from upcycle.reporting import formats
 from upcycle.reporting.checkpoints import CheckpointRecord
 from upcycle.reporting.crossing import Crossing, Standing, bounds, crossing, standing
-from upcycle.reporting.labels import ORDER, Kind, flat, kind_of, labels_of, settings_of, short
+from upcycle.reporting.labels import ORDER, Kind, kind_of, labels_of, settings_of
 from upcycle.reporting.runs import RunHistory
 from upcycle.reporting.starts import DenseCost, StartCost, start_cost
-from upcycle.training.beside import kept_tokenizer
+from upcycle.reporting.terms import difference_in, terms_of
 from upcycle.training.identity import identity_of, of_any_length
 
 Paid = Literal["yes", "no", "within two standard errors", "one seed", "cannot be told"]
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +70,11 @@ class Group:
         """Return whether its source had experts already, so that no dense model can be its baseline."""
         return self.kind == "upcycled" and self.runs[0].table.get("grow") is not None
 
+    @property
+    def diverged(self) -> bool:
+        """Return whether the last held-out loss of a run is not finite; the curves end before that."""
+        return any(run.diverged for run in self.runs)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
@@ -103,11 +103,20 @@ class Pair:
         return not all(one.shares_source(other) for one in mine for other in theirs)
 
     @property
+    def diverged(self) -> bool:
+        """Return whether one of the two diverged, so that their curves say nothing about the end."""
+        return self.group.diverged or self.against.diverged
+
+    @property
     def paid(self) -> Paid:
         """The answer whether the Mixture of Experts is better at the end.
 
-        It is judged by the measurements and by two standard errors over seeds; one seed cannot decide it.
+        It is judged by the measurements and by two standard errors over seeds; one seed cannot decide it. A
+        Mixture of Experts that diverged has not paid, whatever its loss was before. A dense model that
+        diverged is nothing to be ahead of.
         """
+        if self.diverged:
+            return "no" if self.group.diverged else "cannot be told"
         found, error = self.standing, self.error
         if found.low is None or found.high is None:
             return "cannot be told"
@@ -162,91 +171,18 @@ def _lasting(table: Mapping[str, Any]) -> tuple[Any, Any]:
 
 def compare(runs: Sequence[RunHistory], given: DenseCost) -> Comparison:
     """Compare the comparable runs, which are those that share the terms of most runs."""
-    terms = [_terms(run, runs) for run in runs]
+    terms = [terms_of(run, runs) for run in runs]
     keys = [json.dumps(t, sort_keys=True, default=str) for t in terms]
     reference = terms[keys.index(max(keys, key=keys.count))] if runs else {}
     foreign, kept = [], []
     for run, own in zip(runs, terms, strict=True):
         differs = [name for name in reference if own[name] != reference[name]]
         if differs:
-            foreign.append((run, _reason(differs[0], own, reference)))
+            foreign.append((run, difference_in(differs[0], own, reference)))
         else:
             kept.append(run)
     groups = _groups(kept, given)
     return Comparison(groups=groups, pairs=tuple(_pairs(groups)), foreign=tuple(foreign))
-
-
-def _terms(run: RunHistory, runs: Sequence[RunHistory]) -> dict[str, Any]:
-    """Return the settings that runs must share for their held-out numbers to be comparable."""
-    train = run.table["train"]
-    task = {k: v for k, v in (run.table.get("task") or {}).items() if v and k not in ("augment", "name")}
-    length = train.get("sequence_length", 1024)
-    by_example = run.about.task.startswith("image")
-    rows = train.get("eval_examples") or (None if by_example else train.get("eval_tokens", 0) // length)
-    return {
-        "task": run.about.task,
-        "family of models": run.about.source.model_type,
-        "held-out data": _held_out_data(run),
-        "settings of the task": task,
-        "rows that are held out": {"length": None if by_example else length, "rows": rows},
-        "tokenizer": None if by_example else _tokenizer(run, runs),
-    }
-
-
-def _held_out_data(run: RunHistory) -> dict[str, Any]:
-    """Return what says which rows are held out, and what they are seen with, stage by stage."""
-    whole = run.table["data"]
-    tables = [stage.get("data") or whole for stage in run.table.get("stage") or ()] or [whole]
-    found = [
-        {
-            "sources": data.get("sources"),
-            "share": data.get("held_out", 0.0),
-            "isolate": data.get("isolate", False),
-            **({"split": data.get("split_seed", run.seed)} if _draws(run) else {}),
-        }
-        for data in tables
-    ]
-    apart = [data for data, _ in groupby(found)]
-    return apart[0] if len(apart) == 1 else {**apart[0], "then": apart[1:]}
-
-
-def _draws(run: RunHistory) -> bool:
-    """Return whether the held-out rows of a run were drawn from its data."""
-    name, task = run.about.task, run.table.get("task") or {}
-    return name in tasks.names() and tasks.find(name).splits and not task.get("test")
-
-
-def _tokenizer(run: RunHistory, runs: Sequence[RunHistory]) -> str:
-    """Identify a tokenizer by its bytes, or by the name of its folder if the folder is gone.
-
-    The tokenizer of a source that is gone is that of another run which began with the same source.
-    """
-    if (named := _named(run)) is not None:
-        return _bytes_in(kept_tokenizer(run.folder)) or _bytes_in(Path(named)) or named
-    alike = [other for other in runs if _named(other) is None and run.shares_source(other)]
-    folders = [each.about.source.path for each in (run, *alike)]
-    return next(filter(None, map(_bytes_in, map(Path, folders))), alike[0].about.source.path)
-
-
-def _named(run: RunHistory) -> str | None:
-    """Return the tokenizer that the run file names; None if it is the source's."""
-    named = run.table["data"].get("tokenizer")
-    return str(named) if named else None
-
-
-def _bytes_in(folder: Path) -> str | None:
-    """Return what identifies the tokenizer in a folder; None if there is none."""
-    for name in _TOKENIZERS:
-        if (path := folder / name).is_file():
-            return f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
-    return None
-
-
-def _reason(name: str, own: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
-    theirs, ours = (dict(flat(t[name], name)) for t in (own, reference))
-    key = next(k for k in [*ours, *theirs] if theirs.get(k) != ours.get(k))
-    found, wanted = (short(str(leaves.get(key, "not set")), 80) for leaves in (theirs, ours))
-    return f"other {name}: {found}, where the runs compared have {wanted} ({key})"
 
 
 def _repeated(run: RunHistory, other: RunHistory) -> str:

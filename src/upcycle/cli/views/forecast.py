@@ -21,10 +21,10 @@ def show_outlook(outlook: Outlook) -> None:
     again = "blocks recomputed" if setting.recompute else "nothing recomputed"
     out.print(f"\non {setting.layout.world} {outlook.gpu.name}: {setting.layout}, {rows}, {again}")
     memory = grid("memory of the most loaded GPU", "", "held", "at the peak")
-    for name, whole in (("weights", held.weights), ("moments", held.moments), ("gradients", held.gradients)):
-        memory.add_row(name, size(whole), size(getattr(peak, name)))
     for name, said in _PARTS.items():
-        memory.add_row(said, "", size(getattr(peak, name)))
+        kept, most = getattr(held, name, 0), getattr(peak, name)
+        if kept or most:
+            memory.add_row(said, size(kept) if hasattr(held, name) else "", size(most))
     memory.add_row("total", size(held.total), size(peak.total))
     out.print(memory)
     fits = "it fits" if outlook.fits else "it does not fit"
@@ -43,8 +43,13 @@ def show_outlook(outlook: Outlook) -> None:
 
 
 _PARTS = {
+    "weights": "weights",
+    "moments": "moments",
+    "gradients": "gradients",
+    "teacher": "weights of the teacher",
     "gathered": "gathered parameters",
     "reduced": "gradients on their way",
     "activations": "activations",
     "logits": "logits and loss",
+    "masks": "masks of attention",
 }

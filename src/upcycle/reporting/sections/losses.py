@@ -114,7 +114,7 @@ def _picture(view: _View, places: dict[str, int], what: str, unit: str) -> Pictu
     marks = []
     for pair, found in view.crossings:
         continued = pair.against.kind == "dense, continued" and not pair.other_source
-        if what == "loss" and found.verdict == "crosses" and continued:
+        if what == "loss" and found.verdict == "crosses" and continued and not pair.diverged:
             x = next((x for g, x in view.x if g is pair.group), None)
             if x is None:
                 continue
@@ -181,11 +181,9 @@ def _crossings(pairs: Sequence[Pair], unit: str) -> Table:
         (
             pair.group.label,
             pair.against.label + (" (of another source)" if pair.other_source else ""),
-            _where(pair.standing_by_tokens, formats.count),
-            _where(pair.standing, formats.flops),
-            "not known"
-            if pair.standing_with_start is None
-            else _where(pair.standing_with_start, formats.flops),
+            _where(pair, pair.standing_by_tokens, formats.count),
+            _where(pair, pair.standing, formats.flops),
+            _where(pair, pair.standing_with_start, formats.flops),
             difference_of(pair),
         )
         for pair in pairs
@@ -201,13 +199,17 @@ def _crossings(pairs: Sequence[Pair], unit: str) -> Table:
         note="By the evaluations alone, on means over seeds: not before the first number, and by the second "
         "at the latest; figures draw straight lines and mark where those cross. None: not below at the end. "
         "None that lasts: below for a while, above at the end. Cannot be told: evaluations beside the end "
-        "lie too far apart. The difference is that of "
+        "lie too far apart. Diverged: one of the two did, so nothing stays. The difference is that of "
         f"held-out losses ({unit}) at the most FLOPs, start excluded, that both have spent; negative: the "
         "Mixture of Experts is ahead.",
     )  # fmt: skip
 
 
-def _where(found: Standing, number: Callable[[float], str]) -> str:
+def _where(pair: Pair, found: Standing | None, number: Callable[[float], str]) -> str:
+    if found is None:
+        return "not known"
+    if pair.diverged:
+        return "diverged"
     if found.since is None:
         return {"above": "none that lasts" if found.lost_again else "none", "apart": "no overlap"}.get(
             found.sign, found.sign

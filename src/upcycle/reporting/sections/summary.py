@@ -23,8 +23,11 @@ def section(study: Study) -> Section:
         for pair in study.comparison.pairs
         if pair.group.kind == "upcycled" and pair.against.kind == "dense, continued"
     ]
-    pairs = [pair for pair in asked if pair.standing.end is not None and not pair.other_source]
-    blocks: list[Block] = [Sentence(text=_answer(study, pairs) if pairs else _nothing(study, asked))]
+    own = [pair for pair in asked if not pair.other_source]
+    pairs = [pair for pair in own if pair.standing.end is not None]
+    sound = any(not pair.diverged for pair in pairs)
+    said = _answer(study, pairs) if sound else _diverged(own) or _nothing(study, asked)
+    blocks: list[Block] = [Sentence(text=said)]
     if pairs:
         blocks.append(_table(pairs))
         blocks += [Sentence(text=text, tone="small") for text in _unanswered(asked)]
@@ -39,28 +42,39 @@ _STARTS = {
     "one seed": "One seed cannot tell.",
     "cannot be told": "That cannot be told.",
 }
+_OPEN = ("one seed", "cannot be told")
 
 
 def _answer(study: Study, pairs: Sequence[Pair]) -> str:
-    """Return the best result in one or two sentences; a clear yes or no needs several seeds."""
-    whole = [pair for pair in pairs if not any(run.unfinished or run.diverged for run in pair.group.runs)]
-    hardest = [max(of_one, key=_hardness) for of_one in _by_group(whole or pairs)]
-    best = min(hardest, key=_gap)
+    """Return the best result in a few sentences; a clear yes or no needs several seeds.
+
+    A clear yes goes before a better result that is open. Models that diverged are in no result, and there
+    must be a pair without one.
+    """
+    sound = [pair for pair in pairs if not pair.diverged]
+    whole = [pair for pair in sound if not any(run.unfinished for run in pair.group.runs)]
+    hardest = [min(of_one, key=_dense_loss) for of_one in _by_group(whole or sound)]
+    first = min(hardest, key=_gap)
+    best = min((pair for pair in hardest if pair.paid == "yes"), key=_gap, default=first)
     unit = formats.unit(best.group.runs[0].about.task)
-    seeds = min(len(best.group.runs), len(best.against.runs))
-    counted = "one seed" if seeds == 1 else f"{seeds} seeds"
-    which = "the Mixture of Experts" if len(_by_group(pairs)) == 1 else "the best of the Mixtures of Experts"
+    which = "the best of the Mixtures of Experts" if best is first else "one of the Mixtures of Experts"
+    which = "the Mixture of Experts" if len(_by_group(pairs)) == 1 else which
     others = sum(pair.group is best.group for pair in pairs) - 1
     dense = "the dense model that was trained on"
     dense = f"the best of the dense models that were trained on, {best.against.label}" if others else dense
     said = (
         f"{_STARTS[best.paid]} At equal training FLOPs {which} ({best.group.label}) is "
-        f"{_how_far(best, unit)} {dense} ({counted}{_between(best)})."
+        f"{_how_far(best, unit)} {dense} ({_seeds(best)}{_between(best)})."
     )
-    if best.paid != "one seed":
+    if best.paid == "one seed":
+        said = f"{said} {_on_documents(study, best) or _HINT}"
+    other = _beside(best, hardest)
+    if other is None:
         return said
-    paired = _on_documents(study, best)
-    return f"{said} {paired}" if paired else f"{said} {_HINT}"
+    same = (
+        "the same dense model" if other.against is best.against else f"the dense model {other.against.label}"
+    )
+    return f"{said} {other.group.label} is {_how_far(other, unit)} {same} ({_seeds(other)})."
 
 
 def _by_group(pairs: Sequence[Pair]) -> list[list[Pair]]:
@@ -71,17 +85,30 @@ def _by_group(pairs: Sequence[Pair]) -> list[list[Pair]]:
     return [*together.values()]
 
 
+def _beside(best: Pair, pairs: Sequence[Pair]) -> Pair | None:
+    """Return the pair to name after `best`: a better one, or if `best` is open, one that is not."""
+    better = [pair for pair in pairs if _gap(pair) < _gap(best)]
+    settled = [pair for pair in pairs if best.paid in _OPEN and pair.paid not in _OPEN]
+    return min(better or settled, key=_gap, default=None)
+
+
+def _seeds(pair: Pair) -> str:
+    """Return how many seeds both have, in words."""
+    seeds = min(len(pair.group.runs), len(pair.against.runs))
+    return "one seed" if seeds == 1 else f"{seeds} seeds"
+
+
 def _gap(pair: Pair) -> float:
     """Return twice the middle of the difference at the end; the lower, the better the Mixture of Experts."""
     return (pair.standing.high or 0.0) + (pair.standing.low or 0.0)
 
 
-def _hardness(pair: Pair) -> tuple[float, float]:
-    """Return what orders dense models by how much they ask of one Mixture of Experts.
+def _dense_loss(pair: Pair) -> float:
+    """Return the loss of the dense model where the pair is compared, the middle of its bounds.
 
-    The comparison after the most FLOPs counts, and of those the one with the best dense model.
+    The lowest asks the most of a Mixture of Experts, also if its model ended earlier, after fewer FLOPs.
     """
-    return pair.standing.end or 0.0, _gap(pair)
+    return sum(measured(pair.against, pair.against.loss.value, pair.standing.end or 0.0)) / 2
 
 
 _HINT = (
@@ -171,13 +198,35 @@ def _table(pairs: Sequence[Pair]) -> Table:
         left=3,
         note="At the most FLOPs of their own training that both have spent. A loss that was not evaluated "
         "there lies between those of the evaluations on either side, and is shown from one to the other. One "
-        "standard error over seeds; what is called paid is ahead by two of them wherever it lies.",
+        "standard error over seeds; what is called paid is ahead by two of them wherever it lies. A model "
+        "that diverged has not paid, and is nothing to be ahead of; its numbers are those before.",
     )
 
 
 def _range(low: float, high: float) -> str:
     one, two = formats.loss(low), formats.loss(high)
     return one if one == two else f"{one} to {two}"
+
+
+def _diverged(own: Sequence[Pair]) -> str:
+    """Say that all models of one side diverged; empty if they did not. `own` are the pairs of one source."""
+    experts = [of_one[0].group for of_one in _by_group(own)]
+    if own and all(group.diverged for group in experts):
+        which = "The Mixture of Experts" if len(experts) == 1 else "Every Mixture of Experts"
+        return f"No. {which} diverged: {_no_loss(experts)}."
+    dense = list({id(pair.against): pair.against for pair in own}.values())
+    if own and all(group.diverged for group in dense):
+        which = "The dense model" if len(dense) == 1 else "Every dense model"
+        return (
+            f"That cannot be told. {which} that was trained on diverged, so there is nothing to compare "
+            f"with: {_no_loss(dense)}."
+        )
+    return ""
+
+
+def _no_loss(groups: Sequence[Group]) -> str:
+    labels = "; ".join(group.label for group in groups)
+    return f"the last held-out loss of {labels} is not a finite number"
 
 
 def _nothing(study: Study, asked: Sequence[Pair]) -> str:
