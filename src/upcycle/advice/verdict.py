@@ -111,15 +111,14 @@ def _by_run(situation: Situation, run: Comparison, rest: str) -> Verdict:
 
 
 def _place_of_run(situation: Situation, run: Comparison) -> str:
-    """Return how long the dense model of a result was trained, and when upcycling was behind and ahead."""
+    """Return how long the dense model of a result was trained, and where upcycling stood along the way."""
     if run.trained is None or situation.share_of_cost is None:
         return ""
-    said = f", the nearest of which had seen {rounded(run.trained[0])} tokens per parameter"
-    if run.ahead is None:
-        return said
-    here, ahead = share(situation.share_of_cost), share(run.ahead)
-    behind = "" if run.behind is None else f"behind until {share(run.behind)} and "
-    return f"{said}: upcycling was {behind}ahead from {ahead} of the dense cost on, and this budget is {here}"
+    seen, here = rounded(run.trained[0]), share(situation.share_of_cost)
+    return (
+        f", the nearest of which had seen {seen} tokens per parameter: upcycling was {run.stood}, and this "
+        f"budget is {here} of the dense cost"
+    )
 
 
 def _against_scratch(situation: Situation) -> tuple[Literal["below", "above", "disagree", "unknown"], str]:
