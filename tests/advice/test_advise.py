@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -802,6 +803,43 @@ def test_verdicts(large, model, recipe, asked, choice, sure, words):
     assert found.sentence.endswith(".")
 
 
+@pytest.mark.parametrize(
+    ("model", "recipe", "tokens", "dense_tokens"),
+    [
+        ("8B", {}, 1e12, 8e12),
+        ("8B", {"init": {"name": "noise", "sigma": 0.01}}, 1e12, 8e12),
+        ("1B", {}, 15e9, 74e9),
+        ("1B", {}, 110e9, 368e9),
+    ],
+)
+def test_the_initialisation_is_that_of_the_source(large, model, recipe, tokens, dense_tokens):
+    """He et al. used copies, and the law is fitted on them, whatever ratio of drop the budget suggests."""
+    found = said(large[model], recipe, tokens=int(tokens), dense_tokens=int(dense_tokens))
+    assert "pcycling, init copy, " in found.verdict.sentence
+    assert "drop" not in found.verdict.sentence
+    assert found.recommended.recipe == Recipe.of(recipe)
+    (ratio,) = (one for one in found.statements if one.topic == "drop ratio")
+    assert ratio.inside is False
+
+
+def test_drop_is_named_with_a_source_of_its_own(large, monkeypatch):
+    """Where its paper compared ratios. No run of copies reaches there, so one is made up."""
+    asked = {"tokens": 500 * 10**9, "dense_tokens": 5 * 10**12}
+    clause = "; for upcycling with drop, r = 0.5 was best of those tried, with independent indices "
+    clause += f"({drop_ratio.PAPER})."
+    open_ = said(large["1B"], **asked)
+    assert open_.verdict.choice is None
+    assert open_.verdict.sentence.endswith(f"with and without [moe]{clause}")
+    assert open_.recommended.recipe == Recipe.of()
+    run = replace(comparison("He et al.", "copy"), sizes=(1e9, 1e9), tokens=500e9)
+    monkeypatch.setattr(published, "EVERY_COMPARISON", (run,))
+    found = said(large["1B"], **asked)
+    assert found.verdict.sentence.startswith("Probably upcycling, init copy, as found")
+    assert found.verdict.sentence.endswith(clause)
+    drop = {"name": "drop", "ratio": 0.5, "indices": "independent"}
+    assert found.recommended.recipe == Recipe.of(init=drop)
+
+
 def test_a_crossover_is_compared_in_its_own_unit(large):
     """400 B after 2 T are 20 % of the tokens and more of the cost: OLMoE's 25 % are of tokens."""
     here = situation(large["1B"], tokens=400 * 10**9, dense_tokens=2 * 10**12)
@@ -1010,10 +1048,8 @@ def test_the_recipe_that_is_shown_converts(dense, tmp_path, capsys):
         ("8B", {"moe": {"top_k": 1}}, {"tokens": 27e9}, {"moe": {"num_experts": 8, "top_k": 2}}),
         ("8B", {"moe": {"num_experts": 16}}, {"tokens": 27e9}, {"moe": {"num_experts": 8}}),
         ("8B", DROP, {"tokens": 27e9}, {"init": {"name": "copy"}}),
-        (
-            "8B", {}, {"tokens": 300e9, "dense_tokens": 15e12},
-            {"init": {"name": "drop", "ratio": 0.5, "indices": "independent"}},
-        ),
+        ("8B", {}, {"tokens": 300e9, "dense_tokens": 15e12}, {}),
+        ("8B", DROP, {"tokens": 300e9, "dense_tokens": 15e12}, {"init": {"name": "copy"}}),
         (
             "1B", {"moe": {"num_experts": 16}}, {"tokens": 1e12, "dense_tokens": 2e12},
             {"moe": {"num_experts": 16}},

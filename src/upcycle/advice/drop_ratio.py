@@ -38,8 +38,8 @@ def intact(ratio: float, indices: str) -> float:
     return 1 - ratio if indices == "shared" else (1 - ratio) ** 3
 
 
-def statements(situation: Situation) -> list[Statement]:
-    """Return the ratio for the budget and, if the recipe drops, the share that it leaves whole."""
+def best(situation: Situation) -> Statement:
+    """Return the ratio for the budget, and whether its source covers the input."""
     tokens, size = situation.asked.tokens, situation.plan.dense_parameters
     ratio = advised(tokens)
     inside: bool | None
@@ -57,9 +57,20 @@ def statements(situation: Situation) -> list[Statement]:
         source, (covered, why) = AGAINST, _covered(size, REFUTED, tokens, REFUTED_AT)
         inside = None if covered else False
         why += "; its r and indices are not in what was read" if covered else ""
-    out = [
-        Statement(topic="drop ratio", said=said, value=ratio, unit="r", source=source, inside=inside, why=why)
-    ]
+    return Statement(
+        topic="drop ratio", said=said, value=ratio, unit="r", source=source, inside=inside, why=why
+    )
+
+
+def in_place_of_copies(situation: Situation) -> Statement | None:
+    """Return the ratio for experts that would be copies; None unless its source covers the input."""
+    found = best(situation)
+    return found if found.inside and found.value and situation.copies else None
+
+
+def statements(situation: Situation) -> list[Statement]:
+    """Return the ratio for the budget and, if the recipe drops, the share that it leaves whole."""
+    out = [best(situation)]
     init = situation.built.recipe.init
     asked, indices = getattr(init, "ratio", None), getattr(init, "indices", None)
     if init.name == "drop" and asked is not None and indices is not None:

@@ -1,8 +1,8 @@
 """The recipe that follows from the advice.
 
 It is the recipe that was asked about, unless sources cover this input and show that upcycling pays with other
-settings. Experts, top-k, layers and router then come from those sources, and the initialisation comes from
-the budget.
+settings. Experts, top-k, layers, router and initialisation then come from those sources. Copies give way to
+drop if the source on its ratio covers the input as well.
 """
 
 from __future__ import annotations
@@ -116,11 +116,11 @@ def _others(situation: Situation) -> Iterator[Recipe]:
 
 
 def _initialised(situation: Situation, source: Checkpoint) -> Situation:
-    """Return the situation with the initialisation that the verdict names for the budget."""
-    ratio = drop_ratio.advised(situation.asked.tokens) if situation.kind == "decoder" else None
-    if not ratio or not situation.copies:
+    """Return the situation with drop in place of copies if a source covers the input and found that best."""
+    found = drop_ratio.in_place_of_copies(situation)
+    if found is None:
         return situation
-    drop = settings.read(Init, {"name": "drop", "ratio": ratio, "indices": "independent"}, "init")
+    drop = settings.read(Init, {"name": "drop", "ratio": found.value, "indices": "independent"}, "init")
     return _with(situation, replace(situation.built.recipe, init=drop), source) or situation
 
 

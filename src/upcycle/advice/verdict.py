@@ -6,7 +6,7 @@ decide. If there are none, the verdict says so.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from upcycle.advice import comparison as compared
@@ -32,16 +32,20 @@ class Verdict:
 
 def verdict(situation: Situation) -> Verdict:
     """Return the verdict that follows from the sources."""
-    if found := scaling_law.losses(situation):
-        return _by_law(situation, found)
-    return _by_results(situation)
+    losses = scaling_law.losses(situation)
+    found = _by_law(losses) if losses else _by_results(situation)
+    drop = drop_ratio.in_place_of_copies(situation)
+    if drop is None or found.sure == "not known" or found.choice not in (None, "upcycling"):
+        return found
+    sentence = f"{found.sentence.removesuffix('.')}; for upcycling with drop, {drop.said} ({drop.source})."
+    return replace(found, sentence=sentence)
 
 
-def _by_law(situation: Situation, found: dict[Choice, float]) -> Verdict:
+def _by_law(found: dict[Choice, float]) -> Verdict:
     best, second, *_ = ordered = sorted(found, key=found.__getitem__)
     told = ", ".join(f"{what} {found[what]:.3f}" for what in ordered)
     given = f"the fitted law gives {told} nats per token"
-    init = f", {initialisation(situation)}," if best == "upcycling" else ""
+    init = ", init copy," if best == "upcycling" else ""  # the law is fitted on copies alone
     if "dense continuation" not in found:
         given += "; how dense continuation compares is not known, as the law does not reach so many tokens"
     sure = "sure as far as one fit on one corpus is"
@@ -105,7 +109,8 @@ def _by_run(situation: Situation, run: Comparison, rest: str) -> Verdict:
         said = f"Too close to call between dense continuation and upcycling, which come out level {like}"
         rest += f"; {MEASURE}"
     else:
-        init = f", {initialisation(situation)}," if better == "upcycling" else ""
+        own = situation.built.recipe.init.name
+        init = f", init {own if own in run.inits else 'copy'}," if better == "upcycling" else ""
         said = f"Probably {better}{init} as found {like}"
     return Verdict(choice=better, sure="published runs", sentence=f"{said}; {rest}.")
 
@@ -162,14 +167,3 @@ def _dense_tokens_would_help(situation: Situation) -> bool:
         and compared.inside(situation, comparison)[0] is not False
         for comparison in published.EVERY_COMPARISON
     )
-
-
-def initialisation(situation: Situation) -> str:
-    """Return the initialisation for the budget in words."""
-    ratio = drop_ratio.advised(situation.asked.tokens) if situation.kind == "decoder" else 0.0
-    if ratio is None:
-        return "init copy or drop, which of them is not known at this budget"
-    asked = f"init {situation.built.recipe.init.name}"
-    if ratio and situation.copies:
-        return f"init drop at r = {ratio:g} (which its paper advises from hundreds of billions of tokens on)"
-    return "init copy" if not ratio and situation.copies else asked
