@@ -1093,6 +1093,23 @@ def test_a_changed_setting_is_said(large):
     assert "Changed from what was asked: moe.num_experts = 8, not 16." in found.reasons
 
 
+@pytest.mark.parametrize(
+    ("tokens", "dense_tokens", "open_"),
+    [
+        (37e9, 74e9, "does not tell upcycling and from scratch apart here"),
+        (250e9, 20e9, "does not reach dense continuation here"),
+        (11e9, 74e9, "does not tell dense continuation and upcycling apart here"),
+    ],
+)
+def test_what_the_law_leaves_open_is_said(large, tokens, dense_tokens, open_):
+    """A loss below that of dense continuation shows that upcycling may pay."""
+    found = said(large["1B"], tokens=int(tokens), dense_tokens=int(dense_tokens))
+    assert found.verdict.choice is None
+    assert found.recommended.reasons[1] == (
+        f"The fitted law {open_}, so this is the recipe that was asked about."
+    )
+
+
 def test_narrower_experts_have_the_dense_flops(large):
     """The keys beside the recipe bring a token's FLOPs to those of the dense model and of a router."""
     found = said(large["8B"], tokens=27 * 10**9).recommended

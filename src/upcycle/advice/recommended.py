@@ -76,9 +76,8 @@ def recommended(situation: Situation, source: Checkpoint) -> Recommendation:
     if found.choice not in (None, "upcycling"):
         reasons.append(f"The advice is {found.choice}. This is the recipe to compare it with.")
     elif found.choice is None:
-        reasons.append(
-            "No source shows that upcycling pays here, so this is the recipe that was asked about."
-        )
+        why = found.unsettled or "no source shows that upcycling pays here"
+        reasons.append(f"{why[0].upper()}{why[1:]}, so this is the recipe that was asked about.")
     if differences:
         reasons.append(f"Changed from what was asked: {'; '.join(differences)}.")
     if equal := _equal_flops(best, source):

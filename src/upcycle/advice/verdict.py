@@ -23,11 +23,15 @@ MEASURE = "measure it: two short runs of upcycle train, with and without [moe]"
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The answer in one sentence. `choice` is None if the sources do not give one."""
+    """The answer in one sentence. `choice` is None if the sources do not give one.
+
+    `unsettled` says why, if the fitted law covers the input and does not give one either.
+    """
 
     choice: Choice | None
     sure: Sure
     sentence: str
+    unsettled: str = ""
 
 
 def verdict(situation: Situation) -> Verdict:
@@ -50,13 +54,16 @@ def _by_law(found: dict[Choice, float]) -> Verdict:
         given += "; how dense continuation compares is not known, as the law does not reach so many tokens"
     sure = "sure as far as one fit on one corpus is"
     choice: Choice | None = None
+    unsettled = ""
     if found[second] - found[best] < CLOSE:
+        unsettled = f"the fitted law does not tell {best} and {second} apart here"
         said = f"Too close to call between {best} and {second}: {given}; {MEASURE}."
     elif "dense continuation" not in found:
+        unsettled = "the fitted law does not reach dense continuation here"
         said = f"Rather {best}{init} than {second}: {given} ({sure})."
     else:
         choice, said = best, f"{best[0].upper()}{best[1:]}{init} is best: {given} ({sure})."
-    return Verdict(choice=choice, sure="fitted law", sentence=said)
+    return Verdict(choice=choice, sure="fitted law", sentence=said, unsettled=unsettled)
 
 
 def _by_results(situation: Situation) -> Verdict:
