@@ -28,6 +28,7 @@ from transformers import (
 
 import tiny
 from marks import sampled
+from tiny_mixtures import make_mixture
 from upcycle import Recipe, UpcycleError, blueprint, cli, plan
 from upcycle.advice import comparison as compared
 from upcycle.advice import drop_ratio, duration, inference, layout, published, recipe_file, scaling_law
@@ -1004,6 +1005,26 @@ def test_a_source_that_is_no_dense_language_model(dense, large, tmp_path):
         said(tmp_path / "moe", tokens=1)
     with pytest.raises(UpcycleError, match="an image is 197 tokens here"):
         said(large["vit"], {"moe": SPARSE}, tokens=1, context=64)
+
+
+def test_nothing_is_known_about_a_source_that_grows(tmp_path):
+    """All that is known is of experts made of a dense model, even at the size and budget of our own runs."""
+    sizes = {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 64}
+    source = make_mixture(tmp_path / "mixtral", "mixtral", **sizes)
+    recipe, size = {"grow": {"experts": 8, "top_k": 2}}, plan(source, {"grow": {}}).dense_parameters
+    for asked in ({}, {"dense_tokens": 80 * size, "gpus": 128}):
+        found = said(source, recipe, tokens=20 * size, **asked)
+        assert (found.verdict.choice, found.verdict.sure) == (None, "not known")
+        assert found.verdict.sentence.startswith("Nothing is known about this input")
+        assert "[grow]" in found.verdict.sentence
+        assert "[moe]" not in found.verdict.sentence
+        assert "No source that advise has is about a model that grows" in found.recommended.reasons[1]
+        holding = [one for one in found.holding() if one.source != "data sheet of the maker"]
+        assert all(one.source.startswith("counted") for one in holding)
+        assert all("dense" not in one.said for one in holding)
+        assert any("; the source has " in one.said for one in holding)
+    (only,) = scaling_law.statements(situation(source, recipe, tokens=15 * 10**9))
+    assert only.why == "found on experts made of a dense model, and [grow] copies those that the source has"
 
 
 # --- what is shown, and the recipe

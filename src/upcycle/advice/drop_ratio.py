@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from upcycle.advice.experts import GROWN
 from upcycle.advice.situation import Situation
 from upcycle.advice.statements import Statement
 from upcycle.system.wording import rounded
@@ -46,6 +47,9 @@ def best(situation: Situation) -> Statement:
     if situation.kind != "decoder":
         said, source, inside = "no ratio is published for this kind of model", PAPER, False
         why, ratio = f"found on decoder language models, this is {situation.kind}", None
+    elif situation.grows:
+        said, source, inside = "no ratio is published for experts that are copied", PAPER, False
+        why, ratio = GROWN, None
     elif ratio is None:
         said, source, inside = "which ratio is best is not known for this budget", PAPER, False
         why = f"nothing is published between {rounded(SHORT)} and {rounded(LONG)} tokens"

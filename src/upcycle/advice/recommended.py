@@ -103,7 +103,12 @@ def _best(situation: Situation, source: Checkpoint) -> tuple[Situation, Verdict]
 def _others(situation: Situation) -> Iterator[Recipe]:
     """Yield recipes that sources say more about than about the one that was asked about."""
     asked = situation.built.recipe
-    if asked.successor is not None or asked.moe.granularity > 1 or asked.moe.expert_width:
+    if (
+        asked.successor is not None
+        or asked.grow is not None
+        or asked.moe.granularity > 1
+        or asked.moe.expert_width
+    ):
         return  # the width was chosen, and published comparisons are of whole experts
     copy = settings.read(Init, {"name": "copy"}, "init")
     if isinstance(asked.init, Drop) and drop_ratio.advised(situation.asked.tokens) == 0:

@@ -175,6 +175,16 @@ class Situation:
         return self.asked.dense_tokens / self.plan.dense_parameters if self.asked.dense_tokens else None
 
     @property
+    def grows(self) -> bool:
+        """Return whether the source has experts already. No result that is known here is of such a model."""
+        return self.built.recipe.grow is not None
+
+    @property
+    def before(self) -> str:
+        """The model that the MoE is made of, in words."""
+        return "the source" if self.grows else "the dense model"
+
+    @property
     def copies(self) -> bool:
         """Return whether experts are whole copies of the dense network, up to noise of `SMALL_NOISE`."""
         init = self.built.recipe.init

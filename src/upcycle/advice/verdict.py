@@ -25,7 +25,7 @@ MEASURE = "measure it: two short runs of upcycle train, with and without [moe]"
 class Verdict:
     """The answer in one sentence. `choice` is None if the sources do not give one.
 
-    `unsettled` says why, if the fitted law covers the input and does not give one either.
+    `unsettled` says why, unless the reason is that no source shows that upcycling pays.
     """
 
     choice: Choice | None
@@ -34,8 +34,20 @@ class Verdict:
     unsettled: str = ""
 
 
+NOTHING_OF_GROWTH = Verdict(
+    choice=None,
+    sure="not known",
+    sentence="Nothing is known about this input: every source that advise has is about experts "
+    "made of a dense model, and [grow] copies those that are there; measure it: a short run of upcycle "
+    "train, beside the source trained on by another program.",
+    unsettled="no source that advise has is about a model that grows",
+)
+
+
 def verdict(situation: Situation) -> Verdict:
     """Return the verdict that follows from the sources."""
+    if situation.grows:
+        return NOTHING_OF_GROWTH
     losses = scaling_law.losses(situation)
     found = _by_law(losses) if losses else _by_results(situation)
     drop = drop_ratio.in_place_of_copies(situation)
