@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from transformers import (
 import tiny
 from marks import sampled
 from tiny_mixtures import make_mixture
-from upcycle import Recipe, UpcycleError, blueprint, cli, plan
+from upcycle import Recipe, UpcycleError, blueprint, cli, families, plan
 from upcycle.advice import comparison as compared
 from upcycle.advice import drop_ratio, duration, inference, layout, published, recipe_file, scaling_law
 from upcycle.advice.gather import advise
@@ -40,6 +41,7 @@ from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.dense.admission import admit
 from upcycle.forecast import activations, memory
 from upcycle.recipe import override
+from upcycle.settings import keys
 from upcycle.system import gpus
 
 ROOT = Path(__file__).parents[2]
@@ -1109,6 +1111,27 @@ def test_the_recipe_follows_from_the_advice(large, tmp_path, model, recipe, aske
     assert changed is (found.recipe != Recipe.of(recipe))
 
 
+def test_the_recipe_of_a_source_that_grows_converts(tmp_path, capsys):
+    source = make_mixture(tmp_path / "source", "mixtral")
+    recipe = tmp_path / "moe.toml"
+    for asked in (["grow.experts=8", "grow.top_k=2"], ["grow.factor=2"], ["grow.factor=3", "seed=2"]):
+        sets = [part for each in asked for part in ("--set", each)]
+        shown = printed(capsys, source, "--tokens", "1M", *sets)
+        recipe.write_text(shown[shown.index("\n# ") :])
+        assert blueprint(source, recipe).hash == blueprint(source, override({}, asked)).hash
+
+
+def test_what_is_said_of_the_whole_model_is_kept(tmp_path):
+    """Where other experts are advised: tensors to leave out, and keys of which a model has one."""
+    family = families.find("llama")
+    shapes = family.shapes(family.config(LLAMA_3_8B)) | {"v_head.weight": (1, 4096)}
+    source = tiny.write_headers(tmp_path / "with_v_head", LLAMA_3_8B, shapes)
+    asked = {"drop": ["v_head.*"], "seed": 5, "dtype": "float32", "moe": {"num_experts": 16, "untie": True}}
+    found = said(source, asked, tokens=27 * 10**9).recommended
+    assert found.recipe == Recipe.of(asked | {"moe": {"num_experts": 8, "untie": True}})
+    assert plan(source, tomllib.loads(found.toml)).num_experts == 8
+
+
 def test_a_changed_setting_is_said(large):
     found = said(large["8B"], {"moe": {"num_experts": 16}}, tokens=27 * 10**9).recommended
     assert "Changed from what was asked: moe.num_experts = 8, not 16." in found.reasons
@@ -1155,6 +1178,40 @@ def test_a_recipe_is_read_back_from_its_text(path, tmp_path):
         recipe_file.text(recipe, ["A comment.\nOf two lines = [", "  --set a=b"])
     )
     assert Recipe.load(tmp_path / "again.toml") == recipe
+
+
+EVERY_SECTION = {
+    "seed": 3,
+    "dtype": "float32",
+    "drop": ["v_head.*", "score"],
+    "moe": {"layers": [0, 2], "target": "upcycled"},
+    "init": {"name": "experts", "expert": [{}, {"source": "other", "noise": 0.1}], "backbone": "average"},
+    "router": {"name": "top_k", "std": 0.5},
+    "successor": {"hidden_size": 48},
+    "grow": {"experts": 8, "top_k": 2},
+    "decoder": {"moe": {"num_experts": 4}, "router": {"name": "sigmoid", "std": 0.1}},
+}
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {}, EVERY_SECTION, {"grow": {}}, {"successor": {}}, {"decoder": {}}, {"drop": ["v_head.*"]},
+        {"grow": {"factor": 3, "noise": 0.1}, "moe": {"target": "mixtral"}},
+        {"router": {"init": {"name": "ridge", "statistics": "found.safetensors"}}},
+        {"vision": {"moe": {"num_experts": 4}}}, {"stage_3": {"router": {"std": 0.1}}},
+        *({"init": {"name": name}} for name in ("drop", "noise", "virtual_group", "split")),
+    ],
+)  # fmt: skip
+def test_a_recipe_is_read_back_whatever_is_in_it(table):
+    recipe = Recipe.of(table)
+    assert Recipe.of(tomllib.loads(recipe_file.text(recipe, ["A comment."]))) == recipe
+
+
+def test_a_recipe_with_every_section_has_every_section():
+    """A field that a recipe gets later has to be in the text as well."""
+    every, usual = Recipe.of(EVERY_SECTION), Recipe.of()
+    assert not [key for key in keys(Recipe) if getattr(every, key) == getattr(usual, key)]
 
 
 def test_a_stack_with_its_own_router_is_read_back(tmp_path):

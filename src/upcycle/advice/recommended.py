@@ -21,7 +21,7 @@ from upcycle.checkpoints.hub import peek
 from upcycle.errors import UpcycleError
 from upcycle.init import Init
 from upcycle.init.drop import Drop
-from upcycle.recipe import Recipe
+from upcycle.recipe import OF_THE_MODEL, Recipe
 
 # The settings of the published runs in which upcycling was better than dense continuation.
 PUBLISHED: Mapping[Kind, Mapping[str, Any]] = {
@@ -114,9 +114,9 @@ def _others(situation: Situation) -> Iterator[Recipe]:
     if isinstance(asked.init, Drop) and drop_ratio.advised(situation.asked.tokens) == 0:
         yield replace(asked, init=copy)
     if published := PUBLISHED.get(situation.kind):
-        of_the_model = {"target": asked.moe.target, "pooling": asked.moe.pooling}
-        moe = {**of_the_model, **published["moe"]}
-        yield Recipe.of({**published, "moe": moe, "seed": asked.seed, "dtype": asked.dtype})
+        moe = {key: getattr(asked.moe, key) for key in OF_THE_MODEL} | published["moe"]
+        kept = {key: getattr(asked, key) for key in ("seed", "dtype", "drop")}
+        yield Recipe.of({**published, **kept, "moe": moe})
 
 
 def _initialised(situation: Situation, source: Checkpoint) -> Situation:
