@@ -28,6 +28,7 @@ from transformers import (
 )
 
 import tiny
+import upcycle
 from marks import sampled
 from tiny_mixtures import make_mixture
 from upcycle import Recipe, UpcycleError, blueprint, cli, families, plan
@@ -972,7 +973,7 @@ def test_tokens(text, tokens):
         (["--tokens", "1B", "--gpus", "0"], "--gpus 0"),
         (["--tokens", "1B", "--gpu", "V100"], "unknown GPU 'V100'; known: H100, H200, H800, A100, A800"),
         (["--tokens", "1B", "--context", "0"], "--context 0"),
-        (["--tokens", "1B", "--context", "65"], "--context 65; the model has 64 positions"),
+        (["--tokens", "1B", "--context", "65"], "--context = 65 and the model takes 64 tokens"),
         (["--tokens", "1B", "--target", "depth_tiled"], "depth_tiled makes a dense model"),
     ],
 )  # fmt: skip
@@ -981,6 +982,38 @@ def test_bad_input(dense, capsys, arguments, words):
         cli.main(["advise", str(dense("llama")), *arguments])
     assert stop.value.code == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("architecture", "key", "texts"),
+    [
+        ("BartForConditionalGeneration", "max_position_embeddings", {"encoder", "decoder"}),
+        ("WhisperForConditionalGeneration", "max_target_positions", {"decoder"}),
+        ("CLIPModel", "max_position_embeddings", {"text"}),
+        ("BertForMaskedLM", "max_position_embeddings", {"layers"}),
+    ],
+)
+def test_a_text_is_as_long_as_the_model_takes(tmp_path, architecture, key, texts):
+    """For advise and for the forecast. Sound and images, in other stacks, have lengths of their own."""
+    source, recipe = tiny.make(tmp_path / "model", architecture), {"moe": UPCYCLED}
+    dense = blueprint(source, recipe).dense
+    most = dense.family.length(dense.config)
+    longest, one = (situation(source, recipe, tokens=1, context=context) for context in (most, 1))
+    assert longest.lengths == upcycle.foretell(source, recipe, world=1, context=most).setting.lengths
+    assert longest.lengths == dense.lengths
+    assert {name for name, length in one.lengths.items() if length == 1} == texts
+    assert all(one.lengths[name] == length for name, length in dense.lengths.items() if name not in texts)
+    refused = rf"context = {most + 1} and the model takes {most} tokens \(by {key}"
+    with pytest.raises(UpcycleError, match=f"^--{refused}"):
+        said(source, recipe, tokens=10**6, context=most + 1)
+    with pytest.raises(UpcycleError, match=f"^{refused}"):
+        upcycle.foretell(source, recipe, world=1, context=most + 1)
+
+
+def test_a_model_without_positions_takes_any_text(tmp_path):
+    source = tiny.make(tmp_path / "model", "T5ForConditionalGeneration")
+    long = situation(source, {"moe": UPCYCLED}, tokens=1, context=100_000).lengths
+    assert long == {"encoder": 100_000, "decoder": 100_000}
 
 
 @pytest.mark.parametrize(
