@@ -17,6 +17,8 @@ from upcycle.settings import AtLeast, FileLayout, Settings, families, keys, part
 
 Layers = Literal["all", "every_other", "last_half"]
 
+# The keys of [moe] of which a model has one, whatever stacks of blocks it has.
+OF_THE_MODEL = ("target", "pooling", "depth", "untie", "part", "part_only", "mtp")
 # The stacks of blocks that may have a table of their own.
 STACKS = ("decoder", "vision", "stage_1", "stage_2", "stage_3", "stage_4")
 
@@ -244,18 +246,10 @@ def _part(name: str, value: Any, model: Mapping[str, Any]) -> Part:
     """Return the part for a stack: its own table laid over those of the model."""
     own, moe = table_at(value, name), table_at(model.get("moe", {}), "moe")
     other = table_at(own.get("moe", {}), f"{name}.moe")
-    of_the_model = {
-        "target": Moe.target,
-        "pooling": Moe.pooling,
-        "depth": Moe.depth,
-        "untie": Moe.untie,
-        "part": Moe.part,
-        "part_only": Moe.part_only,
-        "mtp": Moe.mtp,
-    }
-    if name.startswith("stage_"):
-        of_the_model["layers"] = Moe.layers  # block numbers count through all stages
-    for key, default in of_the_model.items():
+    # block numbers count through all stages
+    of_the_model = (*OF_THE_MODEL, "layers") if name.startswith("stage_") else OF_THE_MODEL
+    for key in of_the_model:
+        default = getattr(Moe, key)
         if other.get(key, moe.get(key, default)) != moe.get(key, default):
             raise UpcycleError(f"{name}.moe.{key}: a model has one; set moe.{key}")
     router = table_at(model.get("router", {}), "router")

@@ -7,6 +7,8 @@ import json
 import math
 import subprocess
 import sys
+import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +28,10 @@ from transformers import (
 )
 
 import tiny
+import upcycle
 from marks import sampled
-from upcycle import Recipe, UpcycleError, blueprint, cli, load, plan
+from tiny_mixtures import make_mixture
+from upcycle import Recipe, UpcycleError, blueprint, cli, families, load, plan
 from upcycle.advice import comparison as compared
 from upcycle.advice import drop_ratio, duration, inference, layout, published, recipe_file, scaling_law
 from upcycle.advice.gather import advise
@@ -38,6 +42,7 @@ from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.dense.admission import admit
 from upcycle.forecast import activations, memory
 from upcycle.recipe import override
+from upcycle.settings import keys
 from upcycle.system import gpus
 
 ROOT = Path(__file__).parents[2]
@@ -816,6 +821,43 @@ def test_verdicts(large, model, recipe, asked, choice, sure, words):
     assert found.sentence.endswith(".")
 
 
+@pytest.mark.parametrize(
+    ("model", "recipe", "tokens", "dense_tokens"),
+    [
+        ("8B", {}, 1e12, 8e12),
+        ("8B", {"init": {"name": "noise", "sigma": 0.01}}, 1e12, 8e12),
+        ("1B", {}, 15e9, 74e9),
+        ("1B", {}, 110e9, 368e9),
+    ],
+)
+def test_the_initialisation_is_that_of_the_source(large, model, recipe, tokens, dense_tokens):
+    """He et al. used copies, and the law is fitted on them, whatever ratio of drop the budget suggests."""
+    found = said(large[model], recipe, tokens=int(tokens), dense_tokens=int(dense_tokens))
+    assert "pcycling, init copy, " in found.verdict.sentence
+    assert "drop" not in found.verdict.sentence
+    assert found.recommended.recipe == Recipe.of(recipe)
+    (ratio,) = (one for one in found.statements if one.topic == "drop ratio")
+    assert ratio.inside is False
+
+
+def test_drop_is_named_with_a_source_of_its_own(large, monkeypatch):
+    """Where its paper compared ratios. No run of copies reaches there, so one is made up."""
+    asked = {"tokens": 500 * 10**9, "dense_tokens": 5 * 10**12}
+    clause = "; for upcycling with drop, r = 0.5 was best of those tried, with independent indices "
+    clause += f"({drop_ratio.PAPER})."
+    open_ = said(large["1B"], **asked)
+    assert open_.verdict.choice is None
+    assert open_.verdict.sentence.endswith(f"with and without [moe]{clause}")
+    assert open_.recommended.recipe == Recipe.of()
+    run = replace(comparison("He et al.", "copy"), sizes=(1e9, 1e9), tokens=500e9)
+    monkeypatch.setattr(published, "EVERY_COMPARISON", (run,))
+    found = said(large["1B"], **asked)
+    assert found.verdict.sentence.startswith("Probably upcycling, init copy, as found")
+    assert found.verdict.sentence.endswith(clause)
+    drop = {"name": "drop", "ratio": 0.5, "indices": "independent"}
+    assert found.recommended.recipe == Recipe.of(init=drop)
+
+
 def test_a_crossover_is_compared_in_its_own_unit(large):
     """400 B after 2 T are 20 % of the tokens and more of the cost: OLMoE's 25 % are of tokens."""
     here = situation(large["1B"], tokens=400 * 10**9, dense_tokens=2 * 10**12)
@@ -945,7 +987,7 @@ def test_tokens(text, tokens):
         (["--tokens", "1B", "--gpus", "0"], "--gpus 0"),
         (["--tokens", "1B", "--gpu", "V100"], "unknown GPU 'V100'; known: H100, H200, H800, A100, A800"),
         (["--tokens", "1B", "--context", "0"], "--context 0"),
-        (["--tokens", "1B", "--context", "65"], "--context 65; the model has 64 positions"),
+        (["--tokens", "1B", "--context", "65"], "--context = 65 and the model takes 64 tokens"),
         (["--tokens", "1B", "--target", "depth_tiled"], "depth_tiled makes a dense model"),
     ],
 )  # fmt: skip
@@ -954,6 +996,38 @@ def test_bad_input(dense, capsys, arguments, words):
         cli.main(["advise", str(dense("llama")), *arguments])
     assert stop.value.code == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("architecture", "key", "texts"),
+    [
+        ("BartForConditionalGeneration", "max_position_embeddings", {"encoder", "decoder"}),
+        ("WhisperForConditionalGeneration", "max_target_positions", {"decoder"}),
+        ("CLIPModel", "max_position_embeddings", {"text"}),
+        ("BertForMaskedLM", "max_position_embeddings", {"layers"}),
+    ],
+)
+def test_a_text_is_as_long_as_the_model_takes(tmp_path, architecture, key, texts):
+    """For advise and for the forecast. Sound and images, in other stacks, have lengths of their own."""
+    source, recipe = tiny.make(tmp_path / "model", architecture), {"moe": UPCYCLED}
+    dense = blueprint(source, recipe).dense
+    most = dense.family.length(dense.config)
+    longest, one = (situation(source, recipe, tokens=1, context=context) for context in (most, 1))
+    assert longest.lengths == upcycle.foretell(source, recipe, world=1, context=most).setting.lengths
+    assert longest.lengths == dense.lengths
+    assert {name for name, length in one.lengths.items() if length == 1} == texts
+    assert all(one.lengths[name] == length for name, length in dense.lengths.items() if name not in texts)
+    refused = rf"context = {most + 1} and the model takes {most} tokens \(by {key}"
+    with pytest.raises(UpcycleError, match=f"^--{refused}"):
+        said(source, recipe, tokens=10**6, context=most + 1)
+    with pytest.raises(UpcycleError, match=f"^{refused}"):
+        upcycle.foretell(source, recipe, world=1, context=most + 1)
+
+
+def test_a_model_without_positions_takes_any_text(tmp_path):
+    source = tiny.make(tmp_path / "model", "T5ForConditionalGeneration")
+    long = situation(source, {"moe": UPCYCLED}, tokens=1, context=100_000).lengths
+    assert long == {"encoder": 100_000, "decoder": 100_000}
 
 
 @pytest.mark.parametrize(
@@ -980,6 +1054,26 @@ def test_a_source_that_is_no_dense_language_model(dense, large, tmp_path):
         said(tmp_path / "moe", tokens=1)
     with pytest.raises(UpcycleError, match="an image is 197 tokens here"):
         said(large["vit"], {"moe": SPARSE}, tokens=1, context=64)
+
+
+def test_nothing_is_known_about_a_source_that_grows(tmp_path):
+    """All that is known is of experts made of a dense model, even at the size and budget of our own runs."""
+    sizes = {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 64}
+    source = make_mixture(tmp_path / "mixtral", "mixtral", **sizes)
+    recipe, size = {"grow": {"experts": 8, "top_k": 2}}, plan(source, {"grow": {}}).dense_parameters
+    for asked in ({}, {"dense_tokens": 80 * size, "gpus": 128}):
+        found = said(source, recipe, tokens=20 * size, **asked)
+        assert (found.verdict.choice, found.verdict.sure) == (None, "not known")
+        assert found.verdict.sentence.startswith("Nothing is known about this input")
+        assert "[grow]" in found.verdict.sentence
+        assert "[moe]" not in found.verdict.sentence
+        assert "No source that advise has is about a model that grows" in found.recommended.reasons[1]
+        holding = [one for one in found.holding() if one.source != "data sheet of the maker"]
+        assert all(one.source.startswith("counted") for one in holding)
+        assert all("dense" not in one.said for one in holding)
+        assert any("; the source has " in one.said for one in holding)
+    (only,) = scaling_law.statements(situation(source, recipe, tokens=15 * 10**9))
+    assert only.why == "found on experts made of a dense model, and [grow] copies those that the source has"
 
 
 # --- what is shown, and the recipe
@@ -1024,10 +1118,8 @@ def test_the_recipe_that_is_shown_converts(dense, tmp_path, capsys):
         ("8B", {"moe": {"top_k": 1}}, {"tokens": 27e9}, {"moe": {"num_experts": 8, "top_k": 2}}),
         ("8B", {"moe": {"num_experts": 16}}, {"tokens": 27e9}, {"moe": {"num_experts": 8}}),
         ("8B", DROP, {"tokens": 27e9}, {"init": {"name": "copy"}}),
-        (
-            "8B", {}, {"tokens": 300e9, "dense_tokens": 15e12},
-            {"init": {"name": "drop", "ratio": 0.5, "indices": "independent"}},
-        ),
+        ("8B", {}, {"tokens": 300e9, "dense_tokens": 15e12}, {}),
+        ("8B", DROP, {"tokens": 300e9, "dense_tokens": 15e12}, {"init": {"name": "copy"}}),
         (
             "1B", {"moe": {"num_experts": 16}}, {"tokens": 1e12, "dense_tokens": 2e12},
             {"moe": {"num_experts": 16}},
@@ -1066,9 +1158,47 @@ def test_the_recipe_follows_from_the_advice(large, tmp_path, model, recipe, aske
     assert changed is (found.recipe != Recipe.of(recipe))
 
 
+def test_the_recipe_of_a_source_that_grows_converts(tmp_path, capsys):
+    source = make_mixture(tmp_path / "source", "mixtral")
+    recipe = tmp_path / "moe.toml"
+    for asked in (["grow.experts=8", "grow.top_k=2"], ["grow.factor=2"], ["grow.factor=3", "seed=2"]):
+        sets = [part for each in asked for part in ("--set", each)]
+        shown = printed(capsys, source, "--tokens", "1M", *sets)
+        recipe.write_text(shown[shown.index("\n# ") :])
+        assert blueprint(source, recipe).hash == blueprint(source, override({}, asked)).hash
+
+
+def test_what_is_said_of_the_whole_model_is_kept(tmp_path):
+    """Where other experts are advised: tensors to leave out, and keys of which a model has one."""
+    family = families.find("llama")
+    shapes = family.shapes(family.config(LLAMA_3_8B)) | {"v_head.weight": (1, 4096)}
+    source = tiny.write_headers(tmp_path / "with_v_head", LLAMA_3_8B, shapes)
+    asked = {"drop": ["v_head.*"], "seed": 5, "dtype": "float32", "moe": {"num_experts": 16, "untie": True}}
+    found = said(source, asked, tokens=27 * 10**9).recommended
+    assert found.recipe == Recipe.of(asked | {"moe": {"num_experts": 8, "untie": True}})
+    assert plan(source, tomllib.loads(found.toml)).num_experts == 8
+
+
 def test_a_changed_setting_is_said(large):
     found = said(large["8B"], {"moe": {"num_experts": 16}}, tokens=27 * 10**9).recommended
     assert "Changed from what was asked: moe.num_experts = 8, not 16." in found.reasons
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dense_tokens", "open_"),
+    [
+        (37e9, 74e9, "does not tell upcycling and from scratch apart here"),
+        (250e9, 20e9, "does not reach dense continuation here"),
+        (11e9, 74e9, "does not tell dense continuation and upcycling apart here"),
+    ],
+)
+def test_what_the_law_leaves_open_is_said(large, tokens, dense_tokens, open_):
+    """A loss below that of dense continuation shows that upcycling may pay."""
+    found = said(large["1B"], tokens=int(tokens), dense_tokens=int(dense_tokens))
+    assert found.verdict.choice is None
+    assert found.recommended.reasons[1] == (
+        f"The fitted law {open_}, so this is the recipe that was asked about."
+    )
 
 
 def test_narrower_experts_have_the_dense_flops(large):
@@ -1095,6 +1225,40 @@ def test_a_recipe_is_read_back_from_its_text(path, tmp_path):
         recipe_file.text(recipe, ["A comment.\nOf two lines = [", "  --set a=b"])
     )
     assert Recipe.load(tmp_path / "again.toml") == recipe
+
+
+EVERY_SECTION = {
+    "seed": 3,
+    "dtype": "float32",
+    "drop": ["v_head.*", "score"],
+    "moe": {"layers": [0, 2], "target": "upcycled"},
+    "init": {"name": "experts", "expert": [{}, {"source": "other", "noise": 0.1}], "backbone": "average"},
+    "router": {"name": "top_k", "std": 0.5},
+    "successor": {"hidden_size": 48},
+    "grow": {"experts": 8, "top_k": 2},
+    "decoder": {"moe": {"num_experts": 4}, "router": {"name": "sigmoid", "std": 0.1}},
+}
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {}, EVERY_SECTION, {"grow": {}}, {"successor": {}}, {"decoder": {}}, {"drop": ["v_head.*"]},
+        {"grow": {"factor": 3, "noise": 0.1}, "moe": {"target": "mixtral"}},
+        {"router": {"init": {"name": "ridge", "statistics": "found.safetensors"}}},
+        {"vision": {"moe": {"num_experts": 4}}}, {"stage_3": {"router": {"std": 0.1}}},
+        *({"init": {"name": name}} for name in ("drop", "noise", "virtual_group", "split")),
+    ],
+)  # fmt: skip
+def test_a_recipe_is_read_back_whatever_is_in_it(table):
+    recipe = Recipe.of(table)
+    assert Recipe.of(tomllib.loads(recipe_file.text(recipe, ["A comment."]))) == recipe
+
+
+def test_a_recipe_with_every_section_has_every_section():
+    """A field that a recipe gets later has to be in the text as well."""
+    every, usual = Recipe.of(EVERY_SECTION), Recipe.of()
+    assert not [key for key in keys(Recipe) if getattr(every, key) == getattr(usual, key)]
 
 
 def test_a_stack_with_its_own_router_is_read_back(tmp_path):

@@ -48,9 +48,21 @@ class Comparison:
 
     def better_for(self, taken: float | None) -> Better:
         """Return what is ahead after a share of the dense cost; None if that is not told apart."""
-        if self.ahead is None or taken is None or taken >= self.ahead:
+        if taken is None:
             return self.better
-        return "dense continuation" if self.behind is not None and taken <= self.behind else None
+        if self.behind is not None and taken <= self.behind:
+            return "dense continuation"
+        return None if self.ahead is not None and taken < self.ahead else self.better
+
+    @property
+    def stood(self) -> str:
+        """How upcycling stood beside dense continuation along the way, in words."""
+        if self.better == "dense continuation":
+            return "behind to the end"
+        before = [] if self.behind is None else [f"behind until {share(self.behind)}"]
+        if self.ahead is None:
+            return ", ".join([*before, "level at the end"])
+        return " and ".join([*before, f"ahead from {share(self.ahead)} on"])
 
 
 def covering(situation: Situation, comparisons: Iterable[Comparison]) -> list[Comparison]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from upcycle.advice.experts import GROWN
 from upcycle.advice.situation import Situation
 from upcycle.advice.statements import Statement
 from upcycle.system.wording import rounded
@@ -38,14 +39,17 @@ def intact(ratio: float, indices: str) -> float:
     return 1 - ratio if indices == "shared" else (1 - ratio) ** 3
 
 
-def statements(situation: Situation) -> list[Statement]:
-    """Return the ratio for the budget and, if the recipe drops, the share that it leaves whole."""
+def best(situation: Situation) -> Statement:
+    """Return the ratio for the budget, and whether its source covers the input."""
     tokens, size = situation.asked.tokens, situation.plan.dense_parameters
     ratio = advised(tokens)
     inside: bool | None
     if situation.kind != "decoder":
         said, source, inside = "no ratio is published for this kind of model", PAPER, False
         why, ratio = f"found on decoder language models, this is {situation.kind}", None
+    elif situation.grows:
+        said, source, inside = "no ratio is published for experts that are copied", PAPER, False
+        why, ratio = GROWN, None
     elif ratio is None:
         said, source, inside = "which ratio is best is not known for this budget", PAPER, False
         why = f"nothing is published between {rounded(SHORT)} and {rounded(LONG)} tokens"
@@ -57,9 +61,20 @@ def statements(situation: Situation) -> list[Statement]:
         source, (covered, why) = AGAINST, _covered(size, REFUTED, tokens, REFUTED_AT)
         inside = None if covered else False
         why += "; its r and indices are not in what was read" if covered else ""
-    out = [
-        Statement(topic="drop ratio", said=said, value=ratio, unit="r", source=source, inside=inside, why=why)
-    ]
+    return Statement(
+        topic="drop ratio", said=said, value=ratio, unit="r", source=source, inside=inside, why=why
+    )
+
+
+def in_place_of_copies(situation: Situation) -> Statement | None:
+    """Return the ratio for experts that would be copies; None unless its source covers the input."""
+    found = best(situation)
+    return found if found.inside and found.value and situation.copies else None
+
+
+def statements(situation: Situation) -> list[Statement]:
+    """Return the ratio for the budget and, if the recipe drops, the share that it leaves whole."""
+    out = [best(situation)]
     init = situation.built.recipe.init
     asked, indices = getattr(init, "ratio", None), getattr(init, "indices", None)
     if init.name == "drop" and asked is not None and indices is not None:

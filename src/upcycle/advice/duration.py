@@ -90,7 +90,7 @@ def statements(situation: Situation) -> list[Statement]:
     out = [
         Statement(
             topic="time",
-            said=f"{flops:.3g} FLOPs of training, {longer:.2f} times the dense model's on the same tokens",
+            said=f"{flops:.3g} FLOPs of training, {longer:.2f} times {situation.before}'s on the same tokens",
             value=flops, unit="FLOPs", source="counted: three forward passes, matrix products and attention",
             inside=True, why=situation.row_said,
         )
@@ -118,6 +118,8 @@ def _covered(situation: Situation, measured: Utilisation) -> tuple[bool | None, 
     where = f"measured on {rounded(measured.size)} dense parameters and {measured.gpus} {MEASURED_ON}"
     if situation.kind != "decoder":
         return False, f"measured on decoder language models, this is {situation.kind}"
+    if situation.grows:
+        return False, f"{where}; how large a dense model this one would be made from is not known"
     if situation.gpu.name != MEASURED_ON:
         return False, f"{where}, not on {situation.gpu.name}"
     if not _near(size, measured.size, NEAR):

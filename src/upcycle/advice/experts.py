@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from upcycle.advice.situation import Situation
 
+GROWN = "found on experts made of a dense model, and [grow] copies those that the source has"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Experts:
@@ -28,6 +30,8 @@ class Experts:
 
     def unlike(self, situation: Situation) -> list[str]:
         """Return a reason for every setting in which the experts asked for differ."""
+        if situation.grows:
+            return [GROWN]
         built = situation.built
         recipes = {site.stack: built.recipe.at(site.stack) for site in built.sites}
         counts = {site.num_experts for site in built.sites}

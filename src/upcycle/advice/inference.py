@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from upcycle.advice.experts import GROWN
 from upcycle.advice.situation import Situation
 from upcycle.advice.statements import Statement
 from upcycle.checkpoints.dtypes import BY_TORCH_NAME, FLOATS
@@ -44,7 +45,7 @@ def cache_bytes(dense: Dense, lengths: Mapping[str, int], itemsize: int) -> int:
 
 
 def statements(situation: Situation) -> list[Statement]:
-    """Return the parameters, cache and speed of the MoE beside those of the dense model."""
+    """Return the parameters, cache and speed of the MoE beside those of the model before."""
     plan, built = situation.plan, situation.built
     itemsize = FLOATS[BY_TORCH_NAME[built.config["dtype"]]].itemsize
     total, active, dense = plan.total_parameters, plan.active_parameters, plan.dense_parameters
@@ -53,9 +54,9 @@ def statements(situation: Situation) -> list[Statement]:
         Statement(
             topic="inference",
             said=f"{rounded(total)} parameters ({rounded_size(total * itemsize)} in "
-            f"{built.config['dtype']}), {rounded(active)} active for a token; the dense model has "
+            f"{built.config['dtype']}), {rounded(active)} active for a token; {situation.before} has "
             f"{rounded(dense)}",
-            value=active / dense, unit="times the dense model", source=counted, inside=True, why=exact,
+            value=active / dense, unit=f"times {situation.before}", source=counted, inside=True, why=exact,
         )
     ]  # fmt: skip
     length = situation.lengths[built.dense.stacks[-1].name]
@@ -63,28 +64,31 @@ def statements(situation: Situation) -> list[Statement]:
         out.append(
             Statement(
                 topic="inference",
-                said=f"keys and values take {rounded_size(cache)} for {length:,} tokens, as in the "
-                f"dense model",
+                said=f"keys and values take {rounded_size(cache)} for {length:,} tokens, as in "
+                f"{situation.before}",
                 value=cache / length, unit="bytes a token", source=counted, inside=True, why=exact,
             )
         )  # fmt: skip
+    dense_flops = "FLOPs of the source" if situation.grows else "dense FLOPs"
     flops = plan.flops_per_token / plan.dense_flops_per_token
     out.append(
         Statement(
             topic="inference",
-            said=f"a token takes {flops:.2f} times the dense FLOPs; a batch that meets all experts reads "
+            said=f"a token takes {flops:.2f} times the {dense_flops}; a batch that meets all experts reads "
             f"{total / dense:.2f} times the weights",
-            value=flops, unit="times the dense FLOPs", source="counted: bounds, not a measurement",
+            value=flops, unit=f"times the {dense_flops}", source="counted: bounds, not a measurement",
             inside=True, why="where arithmetic, and where reading weights is the limit",
         )
     )  # fmt: skip
-    text = situation.kind == "decoder"
+    inside, why = None, "which sizes it was measured on is not in what was read"
+    if situation.kind != "decoder":
+        inside, why = False, f"measured on language models that generate, this is {situation.kind}"
+    elif situation.grows:
+        inside, why = False, GROWN
     out.append(
         Statement(
             topic="inference", said="about 40 % slower at high demand, for larger models", value=SLOWDOWN,
-            unit="slower", source=SLOWDOWN_SOURCE, inside=None if text else False,
-            why="which sizes it was measured on is not in what was read" if text
-            else f"measured on language models that generate, this is {situation.kind}",
+            unit="slower", source=SLOWDOWN_SOURCE, inside=inside, why=why,
         )
     )  # fmt: skip
     return out

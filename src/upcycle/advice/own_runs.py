@@ -169,16 +169,6 @@ class Measured:
             return None
         return "dense continuation" if self.ahead is None else "upcycling"
 
-    @property
-    def said(self) -> str:
-        """How the two stand, in words."""
-        if self.better is None:
-            return "level at the end"
-        if self.ahead is None:
-            return "behind to the end"
-        behind = "" if self.behind is None else f"behind until {self.behind:.0%} and "
-        return f"{behind}ahead from {self.ahead:.0%} on"
-
 
 _THE_LARGER_ONE = (
     "; the larger ViT, trained on for as many seconds, ends another 0.039 nats ahead (one seed), at 3.75 "
@@ -217,7 +207,7 @@ def _comparison(measured: Measured) -> Comparison:
     of, variant = measured.of, measured.of.variants[measured.variant]
     against = of.against or "dense continuation"
     seen = measured.start * of.tokens_per_parameter
-    return Comparison(
+    compared = Comparison(
         paper=of.source,
         kind=of.kind,
         inits=(variant.init,),
@@ -231,8 +221,9 @@ def _comparison(measured: Measured) -> Comparison:
         against=of.against,
         found=f"{of.model} after {measured.start:g} {of.unit}, {variant.said}: "
         f"{measured.less_dense:+.4f} ± {measured.error:.4f} nats against {against} "
-        f"after {of.extra:.0%} more FLOPs, {measured.said}{measured.besides}",
+        f"after {of.extra:.0%} more FLOPs",
     )
+    return replace(compared, found=f"{compared.found}, {compared.stood}{measured.besides}")
 
 
 COMPARISONS = tuple(map(_comparison, MEASURED))

@@ -176,7 +176,8 @@ def statements(situation: Situation) -> list[Statement]:
         if far is None:
             place = "where this budget lies cannot be said without --dense-tokens"
         else:
-            place = f"this budget is {share(far * crossover.at)} of the dense {crossover.unit}"
+            what = f"{crossover.unit} of the source" if situation.grows else f"dense {crossover.unit}"
+            place = f"this budget is {share(far * crossover.at)} of the {what}"
         out.append(
             Statement(
                 topic="from scratch", said=f"{crossover.found}; {place}", value=far, unit="of the crossover",

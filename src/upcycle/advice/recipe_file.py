@@ -23,11 +23,10 @@ def text(recipe: Recipe, comments: Iterable[str]) -> str:
     the default, or if it is one of `SHOWN`. Reading the text gives an equal recipe.
     """
     head = [line for comment in comments for line in _comment(comment)]
-    top = {key: getattr(recipe, key) for key in ("seed", "dtype")}
+    top = {key: getattr(recipe, key) for key in ("seed", "dtype", "drop")}
     table = {key: value for key, value in top.items() if value != getattr(Recipe(), key)}
-    table |= {name: _changed(getattr(recipe, name)) for name in ("moe", "init", "router")}
-    if recipe.successor is not None:
-        table["successor"] = _changed(recipe.successor)
+    sections = {name: getattr(recipe, name) for name in ("moe", "init", "router", "successor", "grow")}
+    table |= {name: _said(section) for name, section in sections.items() if section is not None}
     table |= {name: _own(part, recipe) for name, part in recipe.parts.items()}
     return writing.text(table, head)
 
@@ -37,6 +36,14 @@ def _comment(paragraph: str) -> list[str]:
     if plain.startswith(" "):
         return [f"# {plain}"]
     return [f"# {line}" for line in textwrap.wrap(plain, WIDTH, break_long_words=False)]
+
+
+def _said(section: Settings) -> dict[str, Any]:
+    """Return the keys of a section that a file has to say: its first key at least, so that the section is
+    there."""
+    table = section.as_table()
+    first = next(iter(table))
+    return _changed(section) or {first: table[first]}
 
 
 def _changed(settings: Settings) -> dict[str, Any]:
@@ -58,13 +65,15 @@ def _items(value: Any) -> list[dict[str, Any]]:
 
 
 def _own(part: Part, recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """Return the keys by which a stack differs from the model: `moe` and `router`, each if it has any."""
+    """Return the keys by which a stack differs from the model; a key of `moe` if it does not differ."""
     moe = _beside(part.moe.as_table(), recipe.moe.as_table())
     if part.router.name == recipe.router.name:
         router = _beside(part.router.as_table(), recipe.router.as_table())
     else:  # keys of the model's router that are common to all routers hold for this stack as well
         inherited = {key: value for key, value in part.router.as_table().items() if key in Router.common}
         router = {**_changed(part.router), **inherited}
+    if not moe and not router:
+        moe = {"num_experts": part.moe.num_experts}
     return {"moe": moe, "router": router}
 
 

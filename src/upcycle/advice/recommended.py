@@ -1,8 +1,8 @@
 """The recipe that follows from the advice.
 
 It is the recipe that was asked about, unless sources cover this input and show that upcycling pays with other
-settings. Experts, top-k, layers and router then come from those sources, and the initialisation comes from
-the budget.
+settings. Experts, top-k, layers, router and initialisation then come from those sources. Copies give way to
+drop if the source on its ratio covers the input as well.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from upcycle.checkpoints.hub import peek
 from upcycle.errors import UpcycleError
 from upcycle.init import Init
 from upcycle.init.drop import Drop
-from upcycle.recipe import Recipe
+from upcycle.recipe import OF_THE_MODEL, Recipe
 
 # The settings of the published runs in which upcycling was better than dense continuation.
 PUBLISHED: Mapping[Kind, Mapping[str, Any]] = {
@@ -76,9 +76,8 @@ def recommended(situation: Situation, source: Checkpoint) -> Recommendation:
     if found.choice not in (None, "upcycling"):
         reasons.append(f"The advice is {found.choice}. This is the recipe to compare it with.")
     elif found.choice is None:
-        reasons.append(
-            "No source shows that upcycling pays here, so this is the recipe that was asked about."
-        )
+        why = found.unsettled or "no source shows that upcycling pays here"
+        reasons.append(f"{why[0].upper()}{why[1:]}, so this is the recipe that was asked about.")
     if differences:
         reasons.append(f"Changed from what was asked: {'; '.join(differences)}.")
     if equal := _equal_flops(best, source):
@@ -104,23 +103,28 @@ def _best(situation: Situation, source: Checkpoint) -> tuple[Situation, Verdict]
 def _others(situation: Situation) -> Iterator[Recipe]:
     """Yield recipes that sources say more about than about the one that was asked about."""
     asked = situation.built.recipe
-    if asked.successor is not None or asked.moe.granularity > 1 or asked.moe.expert_width:
+    if (
+        asked.successor is not None
+        or asked.grow is not None
+        or asked.moe.granularity > 1
+        or asked.moe.expert_width
+    ):
         return  # the width was chosen, and published comparisons are of whole experts
     copy = settings.read(Init, {"name": "copy"}, "init")
     if isinstance(asked.init, Drop) and drop_ratio.advised(situation.asked.tokens) == 0:
         yield replace(asked, init=copy)
     if published := PUBLISHED.get(situation.kind):
-        of_the_model = {"target": asked.moe.target, "pooling": asked.moe.pooling}
-        moe = {**of_the_model, **published["moe"]}
-        yield Recipe.of({**published, "moe": moe, "seed": asked.seed, "dtype": asked.dtype})
+        moe = {key: getattr(asked.moe, key) for key in OF_THE_MODEL} | published["moe"]
+        kept = {key: getattr(asked, key) for key in ("seed", "dtype", "drop")}
+        yield Recipe.of({**published, **kept, "moe": moe})
 
 
 def _initialised(situation: Situation, source: Checkpoint) -> Situation:
-    """Return the situation with the initialisation that the verdict names for the budget."""
-    ratio = drop_ratio.advised(situation.asked.tokens) if situation.kind == "decoder" else None
-    if not ratio or not situation.copies:
+    """Return the situation with drop in place of copies if a source covers the input and found that best."""
+    found = drop_ratio.in_place_of_copies(situation)
+    if found is None:
         return situation
-    drop = settings.read(Init, {"name": "drop", "ratio": ratio, "indices": "independent"}, "init")
+    drop = settings.read(Init, {"name": "drop", "ratio": found.value, "indices": "independent"}, "init")
     return _with(situation, replace(situation.built.recipe, init=drop), source) or situation
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 
-from upcycle.advice.experts import Experts
+from upcycle.advice.experts import GROWN, Experts
 from upcycle.advice.situation import Situation
 from upcycle.advice.statements import Choice, Statement
 from upcycle.system.wording import rounded
@@ -79,6 +79,8 @@ def outside(situation: Situation) -> list[str]:
     low, high = TOKENS
     if situation.kind != "decoder":
         return [f"fitted on decoder language models, and this is a model of the kind {situation.kind}"]
+    if situation.grows:
+        return [GROWN]
     found = SETTING.unlike(situation)
     if getattr(recipe.router, "capacity_factor", None) is not None:
         found.append("fitted on experts that take all tokens, and router.capacity_factor is set")

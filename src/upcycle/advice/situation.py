@@ -16,9 +16,9 @@ from upcycle.init.noise import NoisyCopy
 from upcycle.system import gpus
 from upcycle.system.gpus import Gpu
 from upcycle.system.wording import number_in
+from upcycle.tasks._positions import row_of
 
 Kind = Literal["decoder", "encoder-decoder", "encoder", "vision transformer", "convolutional network"]
-CONTEXT = 4096  # tokens of a row if none are given and the model has as many positions
 MOST_TOKENS = 10**18
 SMALL_NOISE = 0.05  # standard deviations of a matrix: "small: negligible; large: hurts" (Sparse Upcycling)
 
@@ -82,21 +82,8 @@ class Situation:
                 f"moe.part = {part}: advise is about training on texts, which never reach a vision tower; "
                 f"set moe.part = text"
             )
-        context, most = self.asked.context, self._positions
-        if context is not None and self.of_images:
+        if self.asked.context is not None and self.of_images:
             raise UpcycleError(f"--context is for text; an image is {self.row} tokens here, leave it out")
-        if context is not None and context > most and self.kind != "encoder-decoder":
-            raise UpcycleError(f"--context {context}; the model has {most} positions")
-
-    @property
-    def _positions(self) -> int:
-        config = self.built.dense.config
-        given = config.get("max_position_embeddings")
-        if given is not None and (type(given) is not int or given < 1):
-            raise UpcycleError(
-                f"config.json: max_position_embeddings = {given!r}; it must be a whole number of 1 or more"
-            )
-        return self.built.dense.family.length(config)
 
     @cached_property
     def plan(self) -> Plan:
@@ -124,13 +111,13 @@ class Situation:
             return "encoder-decoder"
         return "decoder" if causal == {True} else "encoder"
 
-    @property
+    @cached_property
     def lengths(self) -> Mapping[str, int]:
-        """The tokens of a row in each stack of blocks."""
-        if self.of_images:
-            return self.built.dense.family.lengths(self.built.dense.config)
-        length = self.asked.context or min(CONTEXT, self._positions)
-        return self.built.dense.family.row(self.built.dense.config, length)
+        """The tokens of a row in each stack of blocks.
+
+        Raises `UpcycleError` for a text that is longer than the model takes.
+        """
+        return row_of(self.built.dense, self.asked.context, setting="--context")
 
     @property
     def row(self) -> int:
@@ -173,6 +160,16 @@ class Situation:
     def trained(self) -> float | None:
         """The number of tokens per parameter that the dense model has seen; None if that is not known."""
         return self.asked.dense_tokens / self.plan.dense_parameters if self.asked.dense_tokens else None
+
+    @property
+    def grows(self) -> bool:
+        """Return whether the source has experts already. No result that is known here is of such a model."""
+        return self.built.recipe.grow is not None
+
+    @property
+    def before(self) -> str:
+        """The model that the MoE is made of, in words."""
+        return "the source" if self.grows else "the dense model"
 
     @property
     def copies(self) -> bool:

@@ -6,7 +6,7 @@ decide. If there are none, the verdict says so.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from upcycle.advice import comparison as compared
@@ -23,36 +23,59 @@ MEASURE = "measure it: two short runs of upcycle train, with and without [moe]"
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The answer in one sentence. `choice` is None if the sources do not give one."""
+    """The answer in one sentence. `choice` is None if the sources do not give one.
+
+    `unsettled` says why, unless the reason is that no source shows that upcycling pays.
+    """
 
     choice: Choice | None
     sure: Sure
     sentence: str
+    unsettled: str = ""
+
+
+NOTHING_OF_GROWTH = Verdict(
+    choice=None,
+    sure="not known",
+    sentence="Nothing is known about this input: every source that advise has is about experts "
+    "made of a dense model, and [grow] copies those that are there; measure it: a short run of upcycle "
+    "train, beside the source trained on by another program.",
+    unsettled="no source that advise has is about a model that grows",
+)
 
 
 def verdict(situation: Situation) -> Verdict:
     """Return the verdict that follows from the sources."""
-    if found := scaling_law.losses(situation):
-        return _by_law(situation, found)
-    return _by_results(situation)
+    if situation.grows:
+        return NOTHING_OF_GROWTH
+    losses = scaling_law.losses(situation)
+    found = _by_law(losses) if losses else _by_results(situation)
+    drop = drop_ratio.in_place_of_copies(situation)
+    if drop is None or found.sure == "not known" or found.choice not in (None, "upcycling"):
+        return found
+    sentence = f"{found.sentence.removesuffix('.')}; for upcycling with drop, {drop.said} ({drop.source})."
+    return replace(found, sentence=sentence)
 
 
-def _by_law(situation: Situation, found: dict[Choice, float]) -> Verdict:
+def _by_law(found: dict[Choice, float]) -> Verdict:
     best, second, *_ = ordered = sorted(found, key=found.__getitem__)
     told = ", ".join(f"{what} {found[what]:.3f}" for what in ordered)
     given = f"the fitted law gives {told} nats per token"
-    init = f", {initialisation(situation)}," if best == "upcycling" else ""
+    init = ", init copy," if best == "upcycling" else ""  # the law is fitted on copies alone
     if "dense continuation" not in found:
         given += "; how dense continuation compares is not known, as the law does not reach so many tokens"
     sure = "sure as far as one fit on one corpus is"
     choice: Choice | None = None
+    unsettled = ""
     if found[second] - found[best] < CLOSE:
+        unsettled = f"the fitted law does not tell {best} and {second} apart here"
         said = f"Too close to call between {best} and {second}: {given}; {MEASURE}."
     elif "dense continuation" not in found:
+        unsettled = "the fitted law does not reach dense continuation here"
         said = f"Rather {best}{init} than {second}: {given} ({sure})."
     else:
         choice, said = best, f"{best[0].upper()}{best[1:]}{init} is best: {given} ({sure})."
-    return Verdict(choice=choice, sure="fitted law", sentence=said)
+    return Verdict(choice=choice, sure="fitted law", sentence=said, unsettled=unsettled)
 
 
 def _by_results(situation: Situation) -> Verdict:
@@ -105,21 +128,21 @@ def _by_run(situation: Situation, run: Comparison, rest: str) -> Verdict:
         said = f"Too close to call between dense continuation and upcycling, which come out level {like}"
         rest += f"; {MEASURE}"
     else:
-        init = f", {initialisation(situation)}," if better == "upcycling" else ""
+        own = situation.built.recipe.init.name
+        init = f", init {own if own in run.inits else 'copy'}," if better == "upcycling" else ""
         said = f"Probably {better}{init} as found {like}"
     return Verdict(choice=better, sure="published runs", sentence=f"{said}; {rest}.")
 
 
 def _place_of_run(situation: Situation, run: Comparison) -> str:
-    """Return how long the dense model of a result was trained, and when upcycling was behind and ahead."""
+    """Return how long the dense model of a result was trained, and where upcycling stood along the way."""
     if run.trained is None or situation.share_of_cost is None:
         return ""
-    said = f", the nearest of which had seen {rounded(run.trained[0])} tokens per parameter"
-    if run.ahead is None:
-        return said
-    here, ahead = share(situation.share_of_cost), share(run.ahead)
-    behind = "" if run.behind is None else f"behind until {share(run.behind)} and "
-    return f"{said}: upcycling was {behind}ahead from {ahead} of the dense cost on, and this budget is {here}"
+    seen, here = rounded(run.trained[0]), share(situation.share_of_cost)
+    return (
+        f", the nearest of which had seen {seen} tokens per parameter: upcycling was {run.stood}, and this "
+        f"budget is {here} of the dense cost"
+    )
 
 
 def _against_scratch(situation: Situation) -> tuple[Literal["below", "above", "disagree", "unknown"], str]:
@@ -163,14 +186,3 @@ def _dense_tokens_would_help(situation: Situation) -> bool:
         and compared.inside(situation, comparison)[0] is not False
         for comparison in published.EVERY_COMPARISON
     )
-
-
-def initialisation(situation: Situation) -> str:
-    """Return the initialisation for the budget in words."""
-    ratio = drop_ratio.advised(situation.asked.tokens) if situation.kind == "decoder" else 0.0
-    if ratio is None:
-        return "init copy or drop, which of them is not known at this budget"
-    asked = f"init {situation.built.recipe.init.name}"
-    if ratio and situation.copies:
-        return f"init drop at r = {ratio:g} (which its paper advises from hundreds of billions of tokens on)"
-    return "init copy" if not ratio and situation.copies else asked

@@ -19,13 +19,11 @@ from upcycle.forecast.setting import Precision, Recompute, Setting
 from upcycle.recipe import RecipeLike
 from upcycle.sharding.layout import Layout
 from upcycle.system import gpus
-from upcycle.tasks._positions import refuse_beyond_positions
+from upcycle.tasks._positions import row_of
 from upcycle.training.course import Course, Leg
 
 if TYPE_CHECKING:
     from upcycle.training.run import Run
-
-CONTEXT = 4096  # tokens of a row if none are given and the model has as many positions
 
 
 def foretell(
@@ -56,9 +54,8 @@ def foretell(
     fsdp = world // max(1, replicate * tp)
     layout = Layout(replicate=replicate, fsdp=fsdp, tp=tp, ep=ep)
     _refuse(layout, built, world)
-    setting = Setting(
-        built=built, layout=layout, lengths=_lengths(built, context), rows=rows, recompute=recompute
-    )
+    lengths = row_of(built.dense, context, setting="context")
+    setting = Setting(built=built, layout=layout, lengths=lengths, rows=rows, recompute=recompute)
     return outlook.of(setting, gpus.find(gpu))
 
 
@@ -132,16 +129,3 @@ def _lengths_of(run: Run, built: Blueprint) -> dict[str, int]:
     if (long := task.beyond_positions(length, subject)) is not None:
         raise UpcycleError(long)
     return task.lengths(length, subject)
-
-
-def _lengths(built: Blueprint, context: int | None) -> dict[str, int]:
-    """Return the tokens of a row in each stack of blocks.
-
-    Raises `UpcycleError` if they are more than the model has positions.
-    """
-    dense = built.dense
-    if "image_size" in dense.config:
-        return dict(dense.family.lengths(dense.config))
-    length = context or min(CONTEXT, dense.family.length(dense.config))
-    refuse_beyond_positions(length, Subject.of_dense(dense), setting="context")
-    return dense.family.row(dense.config, length)

@@ -97,7 +97,12 @@ class Subject:
     @property
     def positions(self) -> int | None:
         """The most tokens that a row of text may have; None if the class takes any number."""
-        return None if self.settings.get("max_position_embeddings") is None else self.length
+        return None if self.settings.get(self.positions_key) is None else self.length
+
+    @property
+    def positions_key(self) -> str:
+        """The key of the config that limits `positions`."""
+        return Family.positions_key if self._family is None else self._family.positions_key
 
     @property
     def reads_text(self) -> bool:

@@ -83,6 +83,7 @@ class Family(abc.ABC):
     base_class = ""  # the class without a head; empty if checkpoints of it are not taken
     alone = ""  # the family of such a text model when it is taken out of a wrapper; empty: the same
     assumed: Mapping[str, Any] = {}  # sizes that transformers assumes if the config of a part leaves them out
+    positions_key = "max_position_embeddings"  # the key of a config with the most tokens that a text may have
     class_tokens = 0  # tokens before the patches of an image; a head reads the first of them
     further: Further | None = None  # blocks beside the model that predict further tokens
     sees = False  # True if its class without a head is a vision tower that multimodal models can hold

@@ -74,6 +74,9 @@ class DualEncoder(Trained):
         patches = grid.rows * grid.columns + self.class_token
         return {"text": config["text"]["max_position_embeddings"], "vision": patches}
 
+    def row(self, config: Config, length: int) -> dict[str, int]:
+        return self.lengths(config) | {"text": length}
+
     def grid(self, config: Mapping[str, Any], stack: str) -> Grid | None:
         return patches(config["vision"]) if stack == "vision" else None
 

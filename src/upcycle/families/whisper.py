@@ -12,6 +12,7 @@ class Whisper(Seq2Seq):
     tied = ("proj_out.weight", "model.decoder.embed_tokens.weight")
     heads = ("proj_out.", "classifier.", "projector.", "layer_weights")
     key_bias = False
+    positions_key = "max_target_positions"
     before = ("encoder.conv", "encoder.embed_positions.", "decoder.embed_")
     after = ("encoder.layer_norm.", "decoder.layer_norm.")
     defaults = {

@@ -164,8 +164,12 @@ class Task(Named, abc.ABC):
         """
 
     def beyond_positions(self, length: int, subject: Subject) -> str | None:
-        """Return a sentence about rows that are too long for the model; None if they are not."""
-        return None if self.reads == "images" else beyond_positions(length, subject)
+        """Return a sentence about rows that are too long for the model.
+
+        None if they are not, or if the model reads no text; `lengths` refuses such a model.
+        """
+        texts = self.reads != "images" and subject.reads_text
+        return beyond_positions(length, subject) if texts else None
 
     def unscored(self, architecture: str) -> str | None:
         """Return the reason why `eval` cannot score a model of this class; None if it can."""
