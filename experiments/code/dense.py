@@ -5,12 +5,13 @@ tokens per parameter. All other runs start from its checkpoints after 10, 40, 80
 parameter.
 
     python experiments/code/dense.py FOLDER
-    python experiments/code/dense.py FOLDER --publish 160     # the model of `upcycle demo`
+    python experiments/code/dense.py FOLDER --publish 320     # the model of `upcycle demo`
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -84,9 +85,11 @@ def publish(folder: Path, tokens: int) -> None:
     shutil.copyfile(folder / "corpus" / "about.json", HERE / "corpus.json")
     for file in (folder / "corpus" / "tokenizer").iterdir():
         shutil.copyfile(file, MODEL / file.name)
-    for name in ("upcycle.json", "README.md"):
-        text = (MODEL / name).read_text()
-        (MODEL / name).write_text(text.replace(f"{folder}/", ""))
+    card, provenance = MODEL / "README.md", MODEL / "upcycle.json"
+    card.write_text(card.read_text().replace(f"{folder}/", ""))
+    record = json.loads(provenance.read_text().replace(f"{folder}/", ""))
+    record["source"]["path"] = record["source"]["name"]
+    provenance.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def main() -> None:

@@ -99,7 +99,7 @@ def table() -> list[str]:
         "| variant | ln A | a1 | a2 | a3 | E | rms error | rms error at the longest start, left out |",
         f"{'|---' * 8}|",
     ]
-    for variant in ("dense", "copy", "virtual_group", "drop_0.5"):
+    for variant in ("dense", "copy", "virtual_group", "shuffle_slice", "drop_0.5"):
         starts = [start for start in runs.starts if (start, variant) in runs]
         if len(starts) < 2:
             continue

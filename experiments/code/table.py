@@ -14,16 +14,18 @@ _HALVES = {"num_experts": 16, "top_k": 2, "granularity": 2}
 _QUARTERS = {"num_experts": 32, "top_k": 4, "granularity": 4}
 _EVERY_OTHER = {"layers": "every_other", "target": "upcycled"}
 _IN_GROUPS: Changes = {"init": {"name": "virtual_group"}, "router": {"init": "grouped"}}
+_SLICES: Changes = {"init": {"name": "shuffle_slice"}}
 
 
 def _drop(ratio: float, indices: str = "shared") -> Changes:
     return {"moe": _TOP_2, "init": {"name": "drop", "ratio": ratio, "indices": indices}}
 
 
-# Dense continuation, equal FLOPs per token, copies, redrawn copies, and the same MoE from scratch.
+# Dense continuation, two ways at equal FLOPs per token, copies, redrawn copies, and an MoE from scratch.
 CORE: dict[str, Changes] = {
     "dense": {},
     "virtual_group": {"moe": _HALVES} | _IN_GROUPS,
+    "shuffle_slice": {"moe": _HALVES} | _SLICES,
     "copy": {"moe": _TOP_2},
     "drop_0.5": _drop(0.5),
     "scratch": {
@@ -39,8 +41,6 @@ FACTORS: dict[str, Changes] = {
     "drop_0.5_independent": _drop(0.5, "independent"),
     "virtual_group_4": {"moe": _QUARTERS} | _IN_GROUPS,
     "virtual_group_ungrouped": {"moe": _HALVES, "init": {"name": "virtual_group"}},
-    "shuffle_slice": {"moe": _HALVES, "init": {"name": "shuffle_slice"}},
-    "shuffle_slice_4": {"moe": _QUARTERS, "init": {"name": "shuffle_slice"}},
     "shuffle_slice_redrawn": {"moe": _HALVES, "init": {"name": "shuffle_slice", "redraw": 0.5}},
     "copy_4_experts": {"moe": {"num_experts": 4, "top_k": 2}},
     "copy_16_experts": {"moe": {"num_experts": 16, "top_k": 2}},
@@ -50,6 +50,7 @@ FACTORS: dict[str, Changes] = {
     },
     "copy_every_other": {"moe": _TOP_2 | _EVERY_OTHER},
     "virtual_group_equal_seconds": {"moe": _HALVES} | _IN_GROUPS,
+    "shuffle_slice_equal_seconds": {"moe": _HALVES} | _SLICES,
     "split_8": {"moe": {"num_experts": 8, "top_k": 4, "granularity": 8}, "init": {"name": "split"}},
     "virtual_group_small_router": {
         "moe": _HALVES, "init": {"name": "virtual_group"}, "router": {"init": "grouped", "std": 0.002},
@@ -64,7 +65,7 @@ FACTORS: dict[str, Changes] = {
 # What did best among the factors, two at once.
 TOGETHER: dict[str, Changes] = {
     "virtual_group_every_other": {"moe": _HALVES | _EVERY_OTHER} | _IN_GROUPS,
-    "shuffle_slice_every_other": {"moe": _HALVES | _EVERY_OTHER, "init": {"name": "shuffle_slice"}},
+    "shuffle_slice_every_other": {"moe": _HALVES | _EVERY_OTHER} | _SLICES,
     "copy_every_other_moments": {"moe": _TOP_2 | _EVERY_OTHER} | CARRIED,
 }  # fmt: skip
 
@@ -84,11 +85,12 @@ QUESTIONS = {
     "moments": ["dense", "copy", "dense_moments", "copy_moments"],
     "width of experts": ["dense", "virtual_group", "virtual_group_ungrouped", "virtual_group_4"],
     "copies": ["dense", "copy", "noise", "copy_every_other", "copy_top_1"],
-    "slices": ["dense", "virtual_group", "shuffle_slice", "shuffle_slice_4", "shuffle_slice_redrawn"],
+    "slices": ["dense", "virtual_group", "shuffle_slice", "shuffle_slice_redrawn"],
     "two at once": [
         "dense",
         "virtual_group",
         "copy_every_other",
+        "shuffle_slice",
         "virtual_group_every_other",
         "shuffle_slice_every_other",
         "copy_every_other_moments",
@@ -96,4 +98,4 @@ QUESTIONS = {
 }
 
 # A step of these experts takes 1.25 times the seconds of the dense step (benchmarks/equal_flops.py).
-SHORTER = {"virtual_group_equal_seconds": 1.25}
+SHORTER = {"virtual_group_equal_seconds": 1.25, "shuffle_slice_equal_seconds": 1.25}

@@ -18,7 +18,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import run  # noqa: E402
 import table  # noqa: E402
 
-CORE = ["dense", "virtual_group", "copy_every_other", "copy"]
+CORE = ["dense", "virtual_group", "shuffle_slice", "copy_every_other", "copy"]
 EXPERIMENT = replace(
     run.EXPERIMENT,
     variants={name: table.VARIANTS[name] for name in CORE},

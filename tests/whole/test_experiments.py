@@ -205,8 +205,8 @@ def test_questions_are_about_variants(script):
 @pytest.mark.parametrize(
     ("script", "recipe", "variant"),
     [
-        ("code", "equal_flops", "virtual_group"),
-        ("code", "equal_seconds", "virtual_group_equal_seconds"),
+        ("code", "equal_flops", "shuffle_slice"),
+        ("code", "equal_seconds", "shuffle_slice_equal_seconds"),
         ("vision", "equal_flops_vit", "virtual_group"),
     ],
     indirect=["script"],

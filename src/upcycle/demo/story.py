@@ -38,8 +38,7 @@ COST = 3.3  # seconds of the three trainings together, relative to those of the 
 WAYS: dict[str, dict[str, Any]] = {
     "granular": {
         "moe": {"num_experts": 16, "top_k": 2, "granularity": 2},
-        "init": {"name": "virtual_group"},
-        "router": {"init": "grouped"},
+        "init": {"name": "shuffle_slice"},
     },
     "copy": {"moe": {"num_experts": 8, "top_k": 2}},
 }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from upcycle.cli.screen import grid, out
 from upcycle.cli.views.scores import show_scores
+from upcycle.errors import listed
 from upcycle.system.wording import count
 
 if TYPE_CHECKING:
@@ -47,7 +48,11 @@ def show_made(made: Mapping[str, Made]) -> None:
             "yes" if one.proof.holds else "NO",
         )
     out.print(table)
-    out.print("both compute what the dense model computes")
+    same = [name for name, one in made.items() if one.plan.preserves_function]
+    others = [name for name in made if name not in same]
+    out.print(
+        f"{listed(same)} computes what the dense model computes; {listed(others)} does not, and has to learn"
+    )
 
 
 def show_continued(rows: Sequence[Continued], page: Path) -> None:
