@@ -63,6 +63,16 @@ CODE = Experiment(
             experts=_HALVES,
             said="16 experts of half the width, top-2, at the dense FLOPs a token",
         ),
+        "shuffle_slice": Variant(
+            init="shuffle_slice",
+            experts=_HALVES,
+            said="16 slices of shuffled copies, of half the width, top-2, at the dense FLOPs a token",
+        ),
+        "shuffle_slice_every_other": Variant(
+            init="shuffle_slice",
+            experts=replace(_HALVES, layers=0.5),
+            said="the same slices in every other layer, top-2, at the dense FLOPs a token",
+        ),
         "virtual_group_4": Variant(
             init="virtual_group",
             experts=_QUARTERS,
@@ -177,13 +187,17 @@ _THE_LARGER_ONE = (
 MEASURED = (
     # of, start, variant, less dense, error, behind until, ahead from
     Measured(TENTH, 40, "virtual_group", +0.0651, 0.0023, 0.10, None),
+    Measured(TENTH, 40, "shuffle_slice", +0.0354, 0.0024, 0.10, None),
     Measured(TENTH, 40, "copy", +0.0303, 0.0060, 0.10, None),
     Measured(TENTH, 40, "copy_every_other", +0.0107, 0.0038, 0.10, None),
     Measured(TENTH, 80, "virtual_group", +0.0297, 0.0049, 0.10, None),
     Measured(CODE, 10, "virtual_group", +0.0103, 0.0034, 0.30, None),
+    Measured(CODE, 10, "shuffle_slice", +0.0039, 0.0034, 0.28, None),
     Measured(CODE, 10, "copy", +0.0490, 0.0059, 0.30, None),
     Measured(CODE, 10, "drop_0.5", +0.0809, 0.0044, 0.30, None),
     Measured(CODE, 40, "virtual_group", -0.0271, 0.0052, 0.17, 0.24),
+    Measured(CODE, 40, "shuffle_slice", -0.0501, 0.0024, 0.11, 0.19),
+    Measured(CODE, 40, "shuffle_slice_every_other", -0.0398, 0.0024, 0.11, 0.18),
     Measured(CODE, 40, "virtual_group_4", -0.0270, 0.0011, 0.13, 0.18),
     Measured(CODE, 40, "virtual_group_every_other", -0.0201, 0.0029, 0.15, 0.24),
     Measured(CODE, 40, "noise", -0.0061, 0.0021, 0.09, 0.28),
@@ -191,6 +205,7 @@ MEASURED = (
     Measured(CODE, 40, "copy_every_other", -0.0196, 0.0016, 0.04, 0.26),
     Measured(CODE, 40, "drop_0.5", +0.0080, 0.0070, 0.26, None),
     Measured(CODE, 80, "virtual_group", -0.0466, 0.0031, 0.11, 0.17),
+    Measured(CODE, 80, "shuffle_slice", -0.0676, 0.0032, 0.09, 0.15),
     Measured(CODE, 80, "copy", -0.0330, 0.0039, 0.04, 0.13),
     Measured(CODE, 80, "drop_0.5", -0.0280, 0.0012, 0.13, 0.22),
     Measured(CODE, 160, "virtual_group", -0.0689, 0.0048, 0.06, 0.11),
