@@ -72,6 +72,4 @@ def show_continued(rows: Sequence[Continued], page: Path) -> None:
         f"model at {dense.after:.3f}: upcycling {'gained' if gained > 0 else 'lost'} {abs(gained):.3f} "
         f"(one seed)."
     )
-    out.print(
-        "The curves of longer trainings are in docs/results.md, with where Mixtures of Experts come out ahead."
-    )
+    out.print("docs/results.md has the curves of longer trainings, and says where an MoE comes out ahead.")
