@@ -562,7 +562,7 @@ def test_corrupt_images_are_named_and_left_out(data, tmp_path, capsys):
 
 def test_tensor_parallelism_is_for_natives(data, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UpcycleError, match="shared out by fsdp_size and ep_size"):
+    with pytest.raises(UpcycleError, match="fsdp and ep share an upcycled model out"):
         upcycle.load(data / "vit", Recipe.of(UPCYCLED), distributed_config={"tp_size": 2})
 
 

@@ -306,7 +306,7 @@ def test_export_tells_of_the_source_that_was_trained(table: Table, source: Path,
     with pytest.raises(UpcycleError, match=r"model\.safetensors in .*mine changed since .*run was trained"):
         export(out, tmp_path / "out")
     with pytest.raises(UpcycleError, match=r"the source mine has changed since step \d+ was saved"):
-        train(Run.of(table | {"source": str(mine), **MOE}), resume=True)
+        train(Run.of(table(source=str(mine), **MOE)), resume=True)
     shutil.copyfile(source / "model.safetensors", mine / "model.safetensors")
     export(out, tmp_path / "out")
     told = json.loads((tmp_path / "out" / "upcycle.json").read_text())
