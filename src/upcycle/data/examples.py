@@ -91,6 +91,9 @@ class Examples:
         self._kept = np.sort(order[kept:]) if held_out is None else np.arange(len(held_out))
         if held_out is not None:
             train.refuse(held_out)
+        # A run asks for its state after every step, and hashes take time.
+        self._known = _known(train)
+        self._test = None if held_out is None else _known(held_out)
 
     @property
     def trainable(self) -> list[int]:
@@ -104,8 +107,8 @@ class Examples:
 
     def state(self) -> dict[str, Any]:
         """Return the position, and what the sets are, as JSON."""
-        apart = {} if self._kept_set is self._train else {"test": _known(self._kept_set)}
-        return {"consumed": self._reading.consumed, **_known(self._train), **apart}
+        apart = {} if self._test is None else {"test": self._test}
+        return {"consumed": self._reading.consumed, **self._known, **apart}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go to a saved position. Raises `UpcycleError` if the examples have changed since.
@@ -115,9 +118,9 @@ class Examples:
         consumed, test = state.get("consumed"), state.get("test")
         if type(consumed) is not int or consumed < 0 or not isinstance(test, dict | None):
             raise UpcycleError(_DAMAGED)
-        _refuse_changed(self._train, state)
-        if test is not None and self._kept_set is not self._train:
-            _refuse_changed(self._kept_set, test)
+        _refuse_changed(self._train, self._known, state)
+        if test is not None and self._test is not None:
+            _refuse_changed(self._kept_set, self._test, test)
         self._reading.consumed = consumed
 
     def next(self, rows: int, part: slice = slice(None)) -> dict[str, np.ndarray]:
@@ -146,32 +149,29 @@ class Examples:
 
 def _known(examples: Labelled) -> dict[str, Any]:
     """Return by what a set is known again, as JSON."""
+    labels = hashlib.sha256(examples.labels.astype("<i8").tobytes()).hexdigest()[:16]
     content = {} if examples.digest is None else {"sha256": examples.digest}
-    return {"examples": len(examples), "labels": _hash_of_labels(examples), **content}
+    return {"examples": len(examples), "labels": labels, **content}
 
 
-def _hash_of_labels(examples: Labelled) -> str:
-    return hashlib.sha256(examples.labels.astype("<i8").tobytes()).hexdigest()[:16]
-
-
-def _refuse_changed(examples: Labelled, known: Mapping[str, Any]) -> None:
-    """Raise `UpcycleError` if a set is not the one that a checkpoint says."""
-    name, heeded, before = examples.name, "", known.get("examples")
+def _refuse_changed(examples: Labelled, now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
+    """Raise `UpcycleError` if a set, which is known by `now`, is not the one that a checkpoint says."""
+    name, heeded, before = examples.name, "", then.get("examples")
     if type(before) is not int:
         raise UpcycleError(_DAMAGED)
-    if (count := len(examples)) != before:
+    if now["examples"] != before:
         raise UpcycleError(
-            f"{name} has {count} {examples.kind} and had {before} when the checkpoint was saved; "
+            f"{name} has {now['examples']} {examples.kind} and had {before} when the checkpoint was saved; "
             f"{put_back(name)}, or start a new run"
         )
-    if _hash_of_labels(examples) != known.get("labels"):
+    if now["labels"] != then.get("labels"):
         if isinstance(examples.class_names, NamesOfNumbers):
             heeded = " (if its numbers counted then, and not their names, store them without names)"
         raise UpcycleError(
             f"{name} has other labels than it had when the checkpoint was saved; put the data back as it "
             f"was{heeded}, or start a new run"
         )
-    if None not in (was := known.get("sha256"), examples.digest) and was != examples.digest:
+    if None not in (both := (now.get("sha256"), then.get("sha256"))) and both[0] != both[1]:
         raise UpcycleError(
             f"{name} has other {examples.kind} than it had when the checkpoint was saved; put the data back "
             f"as it was, or start a new run"
