@@ -8,8 +8,7 @@ from collections.abc import Iterable, Mapping
 from upcycle.checkpoints.dtypes import BY_TORCH_NAME, COUNTERS, TORCH_NAMES
 from upcycle.tensors.lazy import Lazy
 
-# Ends of the names of tensors that keep their type with any `dtype`: correction biases, the second LFM2's.
-KEPT = ("e_score_correction_bias", ".expert_bias")
+_BIASES = ("e_score_correction_bias", "expert_bias")  # names of a correction bias; the second is that of LFM2
 
 
 def of(tensors: Mapping[str, Lazy], dtype: str) -> dict[str, str]:
@@ -30,5 +29,10 @@ def usual(types: Iterable[str]) -> str:
     return TORCH_NAMES[Counter(types).most_common(1)[0][0]]
 
 
+def is_bias(name: str) -> bool:
+    """Return whether a tensor of that name is a correction bias, which changes the choice of experts only."""
+    return name.rpartition(".")[2] in _BIASES
+
+
 def _is_kept(name: str, tensor: Lazy) -> bool:
-    return tensor.dtype in COUNTERS or name.endswith(KEPT)
+    return tensor.dtype in COUNTERS or is_bias(name)

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from upcycle.blueprints.stored_types import is_bias
 from upcycle.nn.moe import RouterLayer
-from upcycle.nn.routers.sigmoid import BIAS
-
-_BIASES = (BIAS, "expert_bias")  # names of a correction bias; the second is that of LFM2
 
 
 def routers(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -24,11 +22,6 @@ def routers(model: nn.Module) -> list[tuple[str, nn.Module]]:
             kind = recorders["router_logits"].target_class
             return [(name, m) for name, m in model.named_modules() if isinstance(m, kind)]
     return []
-
-
-def is_bias(name: str) -> bool:
-    """Return whether a tensor of that name is a correction bias, which changes the choice of experts only."""
-    return name.rpartition(".")[2] in _BIASES
 
 
 def bias_of(router: nn.Module, block: nn.Module) -> Tensor | None:

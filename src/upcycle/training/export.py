@@ -15,7 +15,6 @@ from upcycle.blueprints import stored_types
 from upcycle.checkpoints.dtypes import BY_TORCH_NAME
 from upcycle.conversion.provenance import Hashes
 from upcycle.errors import UpcycleError, listed
-from upcycle.hf import recorded
 from upcycle.records.run import RunRecord
 from upcycle.system import claim, lock
 from upcycle.training import averaging, begun_in, beside, enter, exports, saving
@@ -188,7 +187,7 @@ def _types(begun: Start, dtype: str) -> dict[str, str]:
     lazies = {name: entry.lazy for name, entry in begun.planned.items()}
     planned = {name: entry.dtype for name, entry in begun.planned.items()}
     types = planned if dtype == "source" else stored_types.of(lazies, dtype)
-    return types | {name: lazy.dtype for name, lazy in lazies.items() if recorded.is_bias(name)}
+    return types | {name: lazy.dtype for name, lazy in lazies.items() if stored_types.is_bias(name)}
 
 
 def _refuse_average(average: int | None, decay: float | None, with_optimizer: bool) -> None:

@@ -161,7 +161,7 @@ def _round(model: PreTrainedModel, dtype: torch.dtype) -> None:
     What the class computes by itself, such as the scale of Gemma's embeddings, is in no file and stays.
     """
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not name.endswith(stored_types.KEPT):
+        if tensor.is_floating_point() and not stored_types.is_bias(name):
             tensor.copy_(tensor.to(dtype))
 
 
