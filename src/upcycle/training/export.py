@@ -180,14 +180,10 @@ def _trained(
 
 
 def _types(begun: Start, dtype: str) -> dict[str, str]:
-    """Return the type of each tensor on disk, which is the one that `upcycle convert` would give it.
-
-    Every correction bias keeps its own: training moved it in tiny steps.
-    """
-    lazies = {name: entry.lazy for name, entry in begun.planned.items()}
-    planned = {name: entry.dtype for name, entry in begun.planned.items()}
-    types = planned if dtype == "source" else stored_types.of(lazies, dtype)
-    return types | {name: lazy.dtype for name, lazy in lazies.items() if stored_types.is_bias(name)}
+    """Return the type of each tensor on disk, which is the one that `upcycle convert` would give it."""
+    if dtype == "source":
+        return {name: entry.dtype for name, entry in begun.planned.items()}
+    return stored_types.of({name: entry.lazy for name, entry in begun.planned.items()}, dtype)
 
 
 def _refuse_average(average: int | None, decay: float | None, with_optimizer: bool) -> None:
