@@ -48,6 +48,7 @@ FACTORS: dict[str, Changes] = {
     "copy_top_1": {
         "moe": {"num_experts": 8, "top_k": 1, "target": "upcycled"}, "router": {"normalize": False},
     },
+    "copy_softmax_first": {"moe": _TOP_2 | {"target": "upcycled"}, "router": {"normalize": False}},
     "copy_every_other": {"moe": _TOP_2 | _EVERY_OTHER},
     "virtual_group_equal_seconds": {"moe": _HALVES} | _IN_GROUPS,
     "shuffle_slice_equal_seconds": {"moe": _HALVES} | _SLICES,
@@ -84,7 +85,7 @@ QUESTIONS = {
     "share redrawn": ["dense", "copy", "drop_0.1", "drop_0.25", "drop_0.5", "drop_0.5_independent"],
     "moments": ["dense", "copy", "dense_moments", "copy_moments"],
     "width of experts": ["dense", "virtual_group", "virtual_group_ungrouped", "virtual_group_4"],
-    "copies": ["dense", "copy", "noise", "copy_every_other", "copy_top_1"],
+    "copies": ["dense", "copy", "noise", "copy_every_other", "copy_top_1", "copy_softmax_first"],
     "slices": ["dense", "virtual_group", "shuffle_slice", "shuffle_slice_redrawn"],
     "two at once": [
         "dense",
