@@ -85,6 +85,7 @@ def _layers_with_experts(
         if made is not None and first and first.family.model_type != made.source.model_type:
             notes.append(f"compared with a {first.family.model_type}, which is not what it was made from")
         layers = [_row(part, dense.get(part.part), notes) for part in parts]
+        notes += _not_finite(parts, layers)
         notes += _of_routers(parts, layers, opened.config)
         if made is not None and first is not None and made.training:
             _add_start(layers, target, opened, made, first, notes)
@@ -262,6 +263,23 @@ def _row(part: Block, dense: Dense | None, notes: list[str]) -> dict[str, Any]:
     return row
 
 
+def _not_finite(parts: Sequence[Block], layers: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a note for all routers, and one for all experts, that hold NaN or inf."""
+    found: dict[str, list[str]] = {"routers": [], "experts": []}
+    for part, row in zip(parts, layers, strict=True):
+        if part.router is None:
+            continue
+        groups = [row, *([row["universal"]] if "universal" in row else [])]
+        for what, cosines in (("routers", [row["router"]]), ("experts", groups)):
+            if not all(np.isfinite(each["cosine"]).all() for each in cosines):
+                found[what].append(place_of(part.place, part.layer))
+    return [
+        f"{what} hold NaN or inf (layer{'s' if len(places) > 1 else ''} {listed(places, 8)})"
+        for what, places in found.items()
+        if places
+    ]
+
+
 def _of_routers(
     parts: Sequence[Block], layers: Sequence[dict[str, Any]], config: Mapping[str, Any]
 ) -> list[str]:
@@ -298,9 +316,11 @@ def _cosines(networks: Sequence[FeedForward]) -> np.ndarray:
         matrices = [getattr(network, name) for network in networks]
         for index in blocks(tuple((0, n) for n in matrices[0].shape)):
             values = np.stack([m.read(index, "F32").ravel() for m in matrices])
-            gram += values.astype(np.float64) @ values.T.astype(np.float64)
+            with np.errstate(invalid="ignore"):
+                gram += values.astype(np.float64) @ values.T.astype(np.float64)
     norms = np.sqrt(np.diag(gram))
-    return gram / np.maximum(np.outer(norms, norms), 1e-300)
+    with np.errstate(invalid="ignore"):  # inf / inf, where an expert holds inf
+        return gram / np.maximum(np.outer(norms, norms), 1e-300)
 
 
 def _dense_layers(dense: Dense) -> list[dict[str, Any]]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import struct
+import warnings
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from tiny_mixtures import make_mixture
-from upcycle import UpcycleError, inspect
+from upcycle import UpcycleError, cli, inspect
 from upcycle.checkpoints.header import read_header
 
 
@@ -55,6 +57,32 @@ def test_a_type_that_is_not_known(tmp_path):
     assert "is a Mixture of Experts of the type 'olmoe'" in said
     assert "it reads upcycled ones and cohere2_moe, " in said
     assert "dense" not in said
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model.layers.0.mlp.gate.weight", "routers hold NaN or inf (layer 0)"),
+        ("model.layers.1.mlp.experts.2.up_proj.weight", "experts hold NaN or inf (layer 1)"),
+    ],
+)
+def test_numbers_that_are_none(number, name, said, tmp_path, capsys):
+    """A model that has diverged is described, and it is said where the numbers are."""
+    folder = make_mixture(tmp_path / "moe", "qwen3_moe")
+    weights = load_file(folder / "model.safetensors")
+    weights[name][0, 0] = number
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cli.main(["inspect", str(folder)])
+        assert said in capsys.readouterr().out
+        cli.main(["inspect", str(folder), "--json"])
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert [note for note in found["notes"] if "NaN" in note] == [said]
+    broken = found["layers"][int(name.split(".")[2])]
+    where = broken["router"] if "gate.weight" in name else broken
+    assert None in where["cosine"][2]
 
 
 def edit(folder: Path, **changes: object) -> None:

@@ -216,7 +216,7 @@ def test_rows_are_judged_by_the_router_of_their_part(made, tmp_path):
                 tensors[name][:] = tensors[name][:1]
         save_file(tensors, out / "model.safetensors", {"format": "pt"})
         notes = upcycle.inspect(out).notes
-        assert any("go to both or to neither" in note for note in notes) == (router != "soft")
+        assert any("score high with both" in note for note in notes) == (router != "soft")
 
 
 def test_a_vision_tower_has_settings_of_its_own(made, tmp_path):

@@ -308,7 +308,9 @@ def test_plan_and_inspect_say_what_a_router_cannot_do(measured, stories, tmp_pat
     found = json.loads(capsys.readouterr().out)
     assert found["layers"][2]["router"]["never_first"] == [0]
     assert found["layers"][1]["router"]["never_first"] == []
-    assert any("expert 0 is never a token's first choice" in n and "(layer 2)" in n for n in found["notes"])
+    assert any(
+        "expert 0 has the largest logit for no token" in n and "(layer 2)" in n for n in found["notes"]
+    )
 
 
 # --- the recipe

@@ -153,6 +153,16 @@ def test_models_as_tables_and_revisions(tmp_path):
     assert made.table["init"]["expert"] == [{"adapter": "owner/lora"}, {"source": "owner/other@v2"}]
 
 
+def test_numbers_that_yaml_reads_as_text(named, tmp_path):
+    """mergekit-moe takes `1e-3` for a number, and refuses words."""
+    text = DOCUMENTED.format(mode="random", **named).replace("0.01", "1e-2").replace("0.5", "5e-1")
+    experts = upcycle.translate(written(tmp_path, text)).table["init"]["expert"]
+    assert experts[1]["noise"] == 0.01
+    assert experts[2]["residual_scale"] == 0.5
+    with pytest.raises(UpcycleError, match=r"experts\[1\]\.noise_scale = 'much'; allowed: a number"):
+        upcycle.translate(written(tmp_path, text.replace("1e-2", "much")))
+
+
 def test_what_is_not_translated_is_said(named, tmp_path):
     text = DOCUMENTED.format(mode="hidden", **named).replace("bfloat16", "int8").replace("0.5", "-0.5")
     text = text.replace(f"base_model: {named['base']}\n", f"base_model: {named['base']}+some/adapter\n")

@@ -108,9 +108,11 @@ def _batch(
 def _refuse_nonfinite(observer: Observer, dense: Dense) -> None:
     for name, total in observer.sums.items():
         if total.is_floating_point() and not bool(total.isfinite().all()):
+            where = "its weights are finite, so look in the data, or for numbers that are too large"
+            if dense.checkpoint.allow_nonfinite:
+                where = "without --allow-nonfinite, a tensor of the model that holds them is named"
             raise UpcycleError(
-                f"{name} of {dense.checkpoint.folder} is NaN or inf on these examples; look for them in the "
-                f"model (upcycle inspect) and in the data"
+                f"{name} of {dense.checkpoint.folder} is NaN or inf on these examples; {where}"
             )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -32,8 +34,16 @@ err = Screen(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def show_json(value: object) -> None:
-    """Print JSON to standard output."""
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    """Print JSON to standard output; numbers that JSON has no form for, NaN and inf, are null."""
+    sys.stdout.write(json.dumps(_finite(value), indent=2) + "\n")
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def grid(title: str, *columns: str) -> Table:

@@ -1,4 +1,4 @@
-"""The rows of a router's weight, seen as directions: how alike they are, and which can never win.
+"""The rows of a router's weight, seen as directions: how alike they are, and which are never the largest.
 
 Nothing here imports torch. Letters: E experts, H hidden.
 """
@@ -70,8 +70,11 @@ class RouterRows:
 
 
 def seen(weight: np.ndarray) -> RouterRows:
-    """Return how the rows of `weight` [E, H] lie to one another."""
+    """Return how the rows of `weight` [E, H] lie to one another; all NaN if the weight is not finite."""
     rows = weight.astype(np.float64)
+    if not np.isfinite(rows).all():
+        unknown = np.full((len(rows), len(rows)), math.nan)
+        return RouterRows(cosine=unknown, condition=math.nan, spread=math.nan, never_first=())
     lengths = np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-300)
     unit = rows / lengths
     centred = rows - rows.mean(0)
@@ -141,7 +144,7 @@ def _nearest(gram: np.ndarray, chosen: list[int], weights: np.ndarray) -> tuple[
 
 
 def warnings(found: Mapping[str, RouterRows]) -> list[str]:
-    """Return a sentence for each expert that can never win and each pair of rows that are alike.
+    """Return a sentence for each expert whose logit never wins and each pair of rows that are alike.
 
     `found` has the routers by the name of their place. Places that have the same to say share a sentence.
     """
@@ -149,14 +152,14 @@ def warnings(found: Mapping[str, RouterRows]) -> list[str]:
     for place, rows in found.items():
         for e in rows.never_first:
             said.setdefault(
-                f"expert {e} is never a token's first choice, because its row of the router lies between "
+                f"expert {e} has the largest logit for no token, because its row of the router lies between "
                 f"those of others",
                 [],
             ).append(place)
         for a, b, _ in rows.alike:
             said.setdefault(
-                f"experts {a} and {b} have rows of the router with a cosine above {ALIKE}, so that tokens "
-                f"go to both or to neither",
+                f"experts {a} and {b} have rows of the router with a cosine above {ALIKE}, so that nearly "
+                f"the same tokens score high with both",
                 [],
             ).append(place)
     return [

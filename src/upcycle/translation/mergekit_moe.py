@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -24,6 +25,7 @@ _TARGETS = {
     "mixtral": "mixtral", "qwen": "qwen2_moe", "qwen2": "qwen2_moe", "qwen3": "qwen3_moe",
 }  # fmt: skip
 _DTYPES = ("float32", "bfloat16", "float16")
+_NUMBERS = {"noise_scale": float, "residual_scale": float, "experts_per_token": int}
 # How a router starts in each mode, and what `calibrate` has to collect for it.
 _STARTS: dict[str, dict[str, Any]] = {
     "hidden": {"name": "mergekit_hidden"},
@@ -171,9 +173,16 @@ def _read(path: Path) -> tuple[_Config, list[str]]:
 
 
 def _known(raw: Mapping[Any, Any], cls: type, at: str, unread: set[str]) -> dict[str, Any]:
-    """Return the keys of a table that mergekit-moe reads, without nulls; models are written as text."""
+    """Return the keys of a table that mergekit-moe reads, without nulls; models are written as text.
+
+    YAML reads `1e-3` as text, and mergekit-moe takes it for the number.
+    """
     unread |= {f"{at}{key}" for key in raw if key not in keys(cls)}
     found = {key: value for key, value in raw.items() if key in keys(cls) and value is not None}
+    for key, number in _NUMBERS.items():
+        if isinstance(given := found.get(key), str):
+            with suppress(ValueError):
+                found[key] = number(given)
     for key in ("base_model", "source_model"):
         if isinstance(found.get(key), Mapping):
             found[key] = _as_text(found[key], f"{at}{key}")
