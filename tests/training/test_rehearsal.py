@@ -84,6 +84,14 @@ def test_steps_of_tensor_parallel_ranks(
     assert (found.stepped, found.not_stepped) == (2, None)
 
 
+@pytest.mark.parametrize("layout", [{}, {"ep": 2}])
+def test_single_experts_that_are_not_trained(layout: dict[str, int], source: Path) -> None:
+    """Which of a stack a rank has is told by numbers, and not by tensors."""
+    train = {**table(source)["train"], "freeze": ["experts[0]"]}
+    found = rehearse(Run.of(table(source, parallel=layout, train=train)), world=2)
+    assert (len(found.ranks), found.stepped, found.not_stepped) == (2, 2, None)
+
+
 @pytest.mark.parametrize("name", ["ernie4_5", "hunyuan_v1_dense"])
 def test_steps_of_routers_that_their_class_keeps_in_float32(name: str, tmp_path: Path) -> None:
     """Two ranks in bfloat16: FSDP reduces gradients of one type in a group."""

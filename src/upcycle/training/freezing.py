@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -76,9 +77,10 @@ def _places(parameter: Tensor, trained: frozenset[int]) -> tuple[slice, ...]:
     """Return where the experts that are not `trained` lie in this rank's part of a stack."""
     first, here = 0, len(parameter)
     if isinstance(parameter, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(
-            parameter.shape, parameter.device_mesh, parameter.placements
-        )
+        with unset_fake_temporarily():  # in a dry run, too, places are numbers
+            shape, offset = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
         first, here = offset[0], shape[0]
     still = [e - first for e in range(first, first + here) if e not in trained]
     out: list[slice] = []
