@@ -754,6 +754,25 @@ def test_a_dense_export_has_the_types_of_its_source(dense, table, trainable, tmp
     assert (made.dtype, written["dtype"], written["torch_dtype"]) == ("bfloat16",) * 3
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"moe": {"num_experts": 4, "shared_experts": 1}}, "with moe.shared_experts the experts"),
+        (
+            {"moe": {"num_experts": 4}, "router": {"normalize": False}},
+            "without router.normalize the experts are scaled",
+        ),
+    ],
+)
+def test_moments_of_scaled_experts_are_refused(changes, said, table, tmp_path):
+    train(Run.of(table(out=str(tmp_path / "dense"))))
+    export(tmp_path / "dense", tmp_path / "trained", with_optimizer=True)
+    changes["moe"]["target"] = "upcycled"
+    made = table(source=str(tmp_path / "trained"), optimizer={"carry_state": True}, **changes)
+    with pytest.raises(UpcycleError, match=said):
+        train(Run.of(made))
+
+
 @pytest.mark.usefixtures("on_screen")
 def test_carried_moments_are_those_of_the_dense_run_tiled(table, tmp_path, capsys):
     """A dense run, exported with its optimizer, upcycled: experts have its moments, routers none."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from upcycle.blueprints.making import blueprint
 from upcycle.checkpoints.checkpoint import Checkpoint, read_json
 from upcycle.dense.admission import admit
 from upcycle.errors import UpcycleError, listed
+from upcycle.init import Site
+from upcycle.recipe import Recipe
 from upcycle.targets import _moe_layer
 from upcycle.tensors.computed import Fill
 from upcycle.tensors.entries import Entry
@@ -44,12 +46,8 @@ def carry_state(
             f"optimizer.carry_state = true: {start.dense.family.model_type} changes weights on their way to "
             f"{start.built.target.model_type}, and moments do not change with them; set it to false"
         )
-    sites = start.built.sites if start.built else ()
-    if run.recipe and any(_moe_layer.factors(run.recipe.at(s.stack), s) != (1.0, 1.0, 1.0) for s in sites):
-        raise UpcycleError(
-            "optimizer.carry_state = true: without router.normalize the experts are scaled, and their "
-            "moments would have to be; set one of the two, or router.rescale = false"
-        )
+    if run.recipe and start.built:
+        _refuse_scaled(run.recipe, start.built.sites)
     step = read_json(folder / "state.json", f"{folder} has no state.json").get("step")
     if type(step) is not int or step < 0:
         raise UpcycleError(f"{folder / 'state.json'} is damaged: step = {step!r}; export the run again")
@@ -66,6 +64,23 @@ def carry_state(
         if parameter in trained:
             optimizer.state[parameter] = run.optimizer.carried(optimizer, parameter, step, moments[name])
     return step
+
+
+def _refuse_scaled(recipe: Recipe, sites: Sequence[Site]) -> None:
+    """Raise `UpcycleError` if experts are scaled copies of the network, because their moments are not."""
+    for site in sites:
+        part = recipe.at(site.stack)
+        if site.growth is None and part.moe.shared_experts:
+            raise UpcycleError(
+                "optimizer.carry_state = true: with moe.shared_experts the experts and the shared one count "
+                "half each, and their moments would have to be scaled; set it to false, or take "
+                "moe.shared_experts out"
+            )
+        if _moe_layer.factors(part, site) != (1.0, 1.0, 1.0):
+            raise UpcycleError(
+                "optimizer.carry_state = true: without router.normalize the experts are scaled, and their "
+                "moments would have to be; set one of the two, or router.rescale = false"
+            )
 
 
 def _stored_moments(folder: Path, run: Run) -> tuple[str, ...]:
