@@ -120,6 +120,24 @@ def test_weights_that_are_not_renormalised(target, top_k, router, dense, batch, 
     assert len(said) == (top_k == 2 or not built.preserves_function)
 
 
+@pytest.mark.parametrize(
+    ("table", "blind"),
+    [
+        ({"router": {"name": "top_k"}}, True),
+        ({"router": {"name": "sigmoid"}}, True),
+        ({"router": {"name": "sigmoid", "normalize": False}}, False),
+        ({"router": {"name": "analytic"}}, False),
+        ({"moe": {"top_k": 2}, "decoder": {"moe": {"top_k": 1}}}, True),
+    ],
+)
+def test_a_router_without_a_gradient_is_named(table, blind, tmp_path):
+    """The weight of a token's only expert is one, whatever its score, if weights are shares."""
+    moe = {"num_experts": 4, "top_k": 1, "target": "upcycled", **table.get("moe", {})}
+    kind = "T5ForConditionalGeneration" if "decoder" in table else "LlamaForCausalLM"
+    said = plan(tiny.make(tmp_path / "dense", kind), Recipe.of({**table, "moe": moe})).warnings
+    assert sum("top-1 with renormalised weights is always exactly 1" in w for w in said) == blind
+
+
 @pytest.mark.parametrize("model_type", sampled([*tiny.DECODERS, *tiny.OTHERS], 4))
 def test_every_decoder_upcycled_in_its_own_class(model_type, dense, batch, tmp_path):
     source = dense(model_type)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 from upcycle import cli
 from upcycle.cli import keys
+from upcycle.nn import routers
 
 
 def test_every_key_has_a_sentence():
@@ -19,6 +22,19 @@ def test_every_key_has_a_sentence():
 def test_the_page_is_what_the_code_says():
     page = Path(__file__).parents[2] / "docs" / "keys.md"
     assert page.read_text() == keys.markdown(), "make it anew: upcycle keys --markdown > docs/keys.md"
+
+
+def test_the_page_on_encoders_has_every_router_with_its_keys():
+    """`preset` of `spherical` and the like; `group` is for all."""
+    page = (Path(__file__).parents[2] / "docs" / "encoders.md").read_text()
+    lines = page.partition("## Routers")[2].partition("\n## ")[0].splitlines()
+    rows = [line.split("|")[1:] for line in lines if line.startswith("| `")]
+    found = {row[0].strip(" `"): set(re.findall(r"`(\w+)`", row[2])) for row in rows}
+    assert found == {
+        name: {field.name for field in dataclasses.fields(kind)} - {*kind.common, "group"}
+        for name in routers.names()
+        if (kind := routers.find(name))
+    }
 
 
 def test_every_section_that_is_read_is_listed():

@@ -123,20 +123,19 @@ def _of_part(built: Blueprint) -> list[str]:
 
 def _of_new_layers(built: Blueprint, site: Site) -> list[str]:
     """Return the warnings about layers that get experts; `site` is the first of them."""
-    moe, router = built.recipe.moe, built.recipe.router
     out = []
-    if moe.pooling == "mean":
+    if built.recipe.moe.pooling == "mean":
         out.append(
             "the head sees the mean of the patches and not the class token it was trained on: the function "
             "is not kept, and the head has to learn anew"
         )
-    if router.name == "top_k" and moe.top_k == 1 and router.normalize:
+    routed = [(part.moe, built.target.routing(part.router)) for part in built.parts.values()]
+    if any(moe.top_k == 1 and router.shares_one and router.normalize for moe, router in routed):
         out.append(
             "top-1 with renormalised weights is always exactly 1: the router gets no gradient from the "
             "task; use top_k = 2 or more, or router.normalize = false where the target allows it"
         )
     out += _of_zeros(built, site)
-    routed = [(part.moe, built.target.routing(part.router)) for part in built.parts.values()]
     out += [note for moe, router in routed if (note := _not_renormalised(moe, router)) is not None]
     if any(getattr(part.router, "capacity_factor", None) for part in _causal(built)):
         out.append(

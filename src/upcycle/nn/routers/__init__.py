@@ -65,6 +65,7 @@ class Router(Named, abc.ABC):
     has_slots: ClassVar[bool] = False  # whether experts see mixtures of tokens, equally many each
     untrained: ClassVar[tuple[str, ...]] = ()  # tensors of `extra` that get no gradient
     linear: ClassVar[bool] = True  # whether a token's scores rise with its products with the weight's rows
+    shares_one: ClassVar[bool] = False  # whether `normalize` divides one among the K experts of a token
     even: ClassVar[bool] = False  # whether chosen experts start with equal weights, whatever the scores
 
     # how the weight starts: a name that `upcycle list` prints, such as normal or zeros, which scores all

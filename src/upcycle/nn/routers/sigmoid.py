@@ -29,6 +29,7 @@ class Sigmoid(Router):
     """
 
     untrained = (BIAS,)
+    shares_one = True
     summary = "sigmoid scores, a balancing bias without a loss"
 
     def extra(self, num_experts: int, hidden: int) -> dict[str, Extra]:

@@ -39,6 +39,7 @@ class TopK(Router):
     `noise_std` adds N(0, (noise_std / E)^2) to the logits in training (V-MoE).
     """
 
+    shares_one = True
     summary = "each token takes its K best experts"
     needs = "nothing; its own keys moe.target = upcycled"
 
