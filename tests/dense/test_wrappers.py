@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from marks import sampled
 from upcycle import Recipe, UpcycleError, blueprint, convert, verify
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.dense.admission import admit
+from upcycle.dense.places import head_is_tied
 from upcycle.dense.subject import Subject
 from upcycle.training.start import start_of
 
@@ -554,6 +556,24 @@ def test_a_head_that_is_dropped_settles_nothing(made, tmp_path):
     assert not any("lm_head" in name for name in built.entries)
 
 
+@pytest.mark.parametrize("outer", [None, False])
+def test_a_head_that_the_text_model_alone_ties(outer, made, tmp_path):
+    """A LLaVA heeds both keys, and its small ones store no head."""
+    tensors = load_file(made("llava") / "model.safetensors")
+    tied = edit(made("llava"), tmp_path / "tied", {n: t for n, t in tensors.items() if "lm_head" not in n})
+    config = json.loads((tied / "config.json").read_text()) | {"tie_word_embeddings": outer}
+    config["text_config"]["tie_word_embeddings"] = True
+    config = {key: value for key, value in config.items() if value is not None}
+    (tied / "config.json").write_text(json.dumps(config))
+    convert(tied, tmp_path / "moe", Recipe.of(moe={"num_experts": 2, "top_k": 2}))
+    proof = verify(tied, tmp_path / "moe")
+    assert proof.holds, proof.checks
+    model = upcycle.open(tmp_path / "moe")
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    wanted = tiny_wrappers.logits(transformers.LlavaForConditionalGeneration.from_pretrained(tied), "llava")
+    assert float((tiny_wrappers.logits(model, "llava") - wanted).abs().max()) < 1e-5
+
+
 def test_a_plain_model_has_nothing_around_it(dense):
     with pytest.raises(UpcycleError, match="has nothing around it"):
         blueprint(dense("llama"), Recipe.of(moe={"part_only": "text"}))
@@ -576,6 +596,14 @@ def test_the_table_is_what_transformers_does():
         assert default.text_config.model_type == wrapper.text, model_type
         tied = getattr(default, "tie_word_embeddings", None)
         assert wrapper.tied == (True if tied is None else tied), model_type
+        for outer, inner in product((None, False, True), repeat=2):
+            keys = ({} if key is None else {"tie_word_embeddings": key} for key in (outer, inner))
+            raw, text = keys
+            raw["text_config"] = {"model_type": wrapper.text, **text}
+            tied = getattr(cls(**raw), "tie_word_embeddings", None)
+            if tied is not None:
+                found = head_is_tied({"model_type": model_type, **raw}, head_is_stored=False)
+                assert found == tied, (model_type, outer, inner)
         assert hasattr(transformers, wrapper.architecture), model_type
         for architecture in (wrapper.architecture, *(name for _, name in wrapper.twins.values())):
             plan = getattr(transformers, architecture)._fsdp_plan or {}

@@ -210,8 +210,8 @@ def own_config(raw: Mapping[str, Any], part: str = TEXT) -> Config:
 def head_is_tied(raw: Mapping[str, Any], head_is_stored: bool) -> bool:
     """Return whether a wrapper's head is tied.
 
-    The outer key decides, as in transformers. Raises `UpcycleError` if the inner one says something else and
-    the files do not settle it.
+    The outer key decides, as in transformers, but for a few classes that also heed the inner one. Raises
+    `UpcycleError` if the inner one says something else and the files do not settle it.
     """
     inner, outer = own_config(raw).get("tie_word_embeddings"), raw.get("tie_word_embeddings")
     known = WRAPPERS.get(str(raw.get("model_type")))
@@ -220,11 +220,19 @@ def head_is_tied(raw: Mapping[str, Any], head_is_stored: bool) -> bool:
             f"config.json: tie_word_embeddings = {shown(outer)} and text_config.tie_word_embeddings = "
             f"{shown(inner)}, and a head is stored; set both to the same"
         )
+    if inner and not head_is_stored and known and _heeds_text(known, outer):
+        return True
     if outer is not None:
         return bool(outer)
     if inner is not None and head_is_stored:
         return bool(inner)
     return known.tied and not head_is_stored if known else not head_is_stored
+
+
+def _heeds_text(wrapper: Wrapper, outer: object) -> bool:
+    """Return whether the text model's key ties the head beside the wrapper's own, `outer`."""
+    always = wrapper.tied_by_text == "always"
+    return always or (outer is None and wrapper.tied_by_text == "if outer is absent")
 
 
 def refuse_two(where: object, found: list[Names], part: str = TEXT) -> None:

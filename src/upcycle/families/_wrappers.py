@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +18,9 @@ class Wrapper:
     architecture: str  # the class with a language head
     text: str = "llama"  # the text model of a text_config that names none
     tied: bool = True  # what the wrapper assumes if config.json does not say whether the head is tied
+    # when the text model's own key ties a head that is not stored, whatever the outer one says, or if the
+    # outer one is absent
+    tied_by_text: Literal["never", "if outer is absent", "always"] = "never"
     free: bool = True  # it builds the text model that text_config names
     # the vision tower of a vision_config that names none, if it builds the one that is named there; empty if
     # it has a class of its own for that, or sees nothing
@@ -52,7 +55,11 @@ WRAPPERS: Mapping[str, Wrapper] = {
     ),
     "exaone4_5": Wrapper(architecture="Exaone4_5_ForConditionalGeneration", text="exaone4", tied=False),
     "fast_vlm": Wrapper(
-        architecture="FastVlmForConditionalGeneration", vision="timm_wrapper", text="qwen2", tied=False
+        architecture="FastVlmForConditionalGeneration",
+        vision="timm_wrapper",
+        text="qwen2",
+        tied=False,
+        tied_by_text="always",
     ),
     "gemma3": Wrapper(
         architecture="Gemma3ForConditionalGeneration",
@@ -67,18 +74,27 @@ WRAPPERS: Mapping[str, Wrapper] = {
     "idefics3": Wrapper(architecture="Idefics3ForConditionalGeneration", tied=False),
     "internvl": Wrapper(architecture="InternVLForConditionalGeneration", text="qwen2"),
     "lighton_ocr": Wrapper(architecture="LightOnOcrForConditionalGeneration", vision="pixtral", text="qwen3"),
-    "llava": Wrapper(architecture="LlavaForConditionalGeneration", vision="clip_vision_model", tied=False),
+    "llava": Wrapper(
+        architecture="LlavaForConditionalGeneration",
+        vision="clip_vision_model",
+        tied=False,
+        tied_by_text="always",
+    ),
     "llava_next": Wrapper(
         architecture="LlavaNextForConditionalGeneration", vision="clip_vision_model", tied=False
     ),
     "llava_next_video": Wrapper(
-        architecture="LlavaNextVideoForConditionalGeneration", vision="clip_vision_model", tied=False
+        architecture="LlavaNextVideoForConditionalGeneration",
+        vision="clip_vision_model",
+        tied=False,
+        tied_by_text="always",
     ),
     "llava_onevision": Wrapper(
         architecture="LlavaOnevisionForConditionalGeneration",
         vision="siglip_vision_model",
         text="qwen2",
         tied=False,
+        tied_by_text="always",
     ),
     "minicpmv4_6": Wrapper(
         architecture="MiniCPMV4_6ForConditionalGeneration", text="qwen3_5_text", tied=False
@@ -87,7 +103,10 @@ WRAPPERS: Mapping[str, Wrapper] = {
     "musicflamingo": Wrapper(architecture="MusicFlamingoForConditionalGeneration", text="qwen2"),
     "ovis2": Wrapper(architecture="Ovis2ForConditionalGeneration", text="qwen2"),
     "perception_lm": Wrapper(
-        architecture="PerceptionLMForConditionalGeneration", vision="timm_wrapper", tied=False
+        architecture="PerceptionLMForConditionalGeneration",
+        vision="timm_wrapper",
+        tied=False,
+        tied_by_text="if outer is absent",
     ),
     "qwen2_audio": Wrapper(architecture="Qwen2AudioForConditionalGeneration", text="qwen2"),
     "qwen3_5": Wrapper(
@@ -107,7 +126,9 @@ WRAPPERS: Mapping[str, Wrapper] = {
     ),
     "smolvlm": Wrapper(architecture="SmolVLMForConditionalGeneration", tied=False),
     "vibevoice_asr": Wrapper(architecture="VibeVoiceAsrForConditionalGeneration", text="qwen2"),
-    "video_llama_3": Wrapper(architecture="VideoLlama3ForConditionalGeneration", text="qwen2", tied=False),
+    "video_llama_3": Wrapper(
+        architecture="VideoLlama3ForConditionalGeneration", text="qwen2", tied=False, tied_by_text="always"
+    ),
     "video_llava": Wrapper(
         architecture="VideoLlavaForConditionalGeneration", vision="clip_vision_model", tied=False
     ),
