@@ -19,7 +19,8 @@ import torch
 from upcycle import targets
 from upcycle.blueprints.making import blueprint
 from upcycle.checkpoints.checkpoint import Checkpoint
-from upcycle.checkpoints.dtypes import FLOATS, TORCH_NAMES
+from upcycle.checkpoints.dtypes import BY_TORCH_NAME, FLOATS, TORCH_NAMES
+from upcycle.conversion import generation_settings
 from upcycle.dense.admission import refuse_two_heads
 from upcycle.errors import UpcycleError
 from upcycle.recipe import Recipe, RecipeLike
@@ -47,18 +48,20 @@ def load(
 ) -> PreTrainedModel:
     """Return the native MoE that `recipe` makes of the dense checkpoint `source`, in memory.
 
-    `source` is a folder or a hub id. Parameters are bit-identical to those of `upcycle convert` followed by
-    `from_pretrained`. Under a `DistributedConfig` every rank calls this function and reads its own slices.
-    `dtype` is a torch dtype or its name; None takes that of the blueprint. Raises `UpcycleError` if source,
-    recipe and layout do not fit.
+    `source` is a folder or a hub id. Parameters are bit-identical to those of `upcycle convert` followed
+    by `from_pretrained`, and generation has the same settings. Under a `DistributedConfig` every rank
+    calls this function and reads its own slices. `dtype` is a torch dtype or its name; None takes that of
+    the blueprint. Raises `UpcycleError` if source, recipe and layout do not fit.
     """
+    from upcycle.hf import generation
+
     recipe = Recipe.of(recipe)
     if recipe.moe.mtp != "drop":  # no class of transformers holds such blocks
         recipe = replace(recipe, moe=replace(recipe.moe, mtp="drop"))
     built = blueprint(source, recipe)
     try:
         refuse_two_heads(built.dense)
-        return build(
+        model = build(
             built.target.architecture,
             built.config,
             built.target.in_memory(built.entries),
@@ -67,6 +70,8 @@ def load(
             experts_implementation=experts_implementation,
             experts=built.expert_counts,
         )
+        generation.give(model, built.source.folder, generation_settings.of(built))
+        return model
     finally:
         for opened in built.checkpoints:
             opened.close()
@@ -192,8 +197,8 @@ def as_tensor(values: np.ndarray) -> torch.Tensor:
 
 def _dtype(given: str | torch.dtype) -> torch.dtype:
     found = given if isinstance(given, torch.dtype) else getattr(torch, given, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise UpcycleError(f"dtype = {given!r}; allowed: {', '.join(TORCH_NAMES.values())}")
+    if not isinstance(found, torch.dtype) or str(found).removeprefix("torch.") not in BY_TORCH_NAME:
+        raise UpcycleError(f"dtype = {given!r}; allowed: {', '.join(BY_TORCH_NAME)}")
     return found
 
 

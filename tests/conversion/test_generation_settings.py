@@ -8,6 +8,7 @@ import shutil
 import pytest
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+import upcycle
 from upcycle import Recipe, convert, verify
 from upcycle.conversion import generation_settings
 
@@ -40,6 +41,18 @@ def test_they_are_heeded(target, old, tmp_path):
     )
     assert {key: getattr(found, key) for key in OLD} == {key: getattr(due, key) for key in OLD} == OLD
     assert (tmp_path / "moe" / generation_settings.FILE).exists() == (target == "native")
+
+
+@pytest.mark.parametrize("file", [None, {"eos_token_id": [2, 50], "max_new_tokens": 30}])
+@pytest.mark.parametrize("target", ["native", "upcycled"])
+def test_a_model_that_is_made_in_memory_heeds_the_same(target, file, old, tmp_path):
+    if file is not None:
+        (old / generation_settings.FILE).write_text(json.dumps(file))
+    recipe = Recipe.of(moe={**MOE, "target": target})
+    convert(old, tmp_path / "moe", recipe)
+    found, due = upcycle.load(old, recipe), upcycle.open(tmp_path / "moe")
+    for key, value in (OLD if file is None else file).items():
+        assert getattr(found.generation_config, key) == getattr(due.generation_config, key) == value
 
 
 def test_a_file_of_the_source_goes_before_them(old, tmp_path):

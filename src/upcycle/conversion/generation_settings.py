@@ -32,19 +32,26 @@ USUAL: Mapping[str, Any] = {
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
+def of(built: Blueprint) -> dict[str, Any]:
+    """Return the settings in the source's config.json, with its special tokens; empty if there are none.
+
+    There are none either if the source has a file of its own for them.
+    """
+    raw = built.source.config
+    unusual = {key: raw[key] for key, usual in USUAL.items() if raw.get(key) not in (None, usual)}
+    if not unusual or (built.source.folder / FILE).exists():
+        return {}
+    return {key: raw[key] for key in _TOKENS if raw.get(key) is not None} | unusual
+
+
 def write(built: Blueprint, folder: Path) -> dict[str, str]:
     """Write the settings that the result's config.json does not hold; return the file and the reason, if any.
 
     Nothing is written if the source has a file of its own, which is carried over.
     """
-    raw, made = built.source.config, built.stored_config()
-    lost = {
-        key: raw[key]
-        for key, usual in USUAL.items()
-        if raw.get(key) is not None and raw[key] != usual and key not in made
-    }
-    if not lost or (built.source.folder / FILE).exists():
+    made = built.stored_config()
+    lost = {key: value for key, value in of(built).items() if key in _TOKENS or key not in made}
+    if lost.keys() <= {*_TOKENS}:
         return {}
-    ids = {key: raw[key] for key in _TOKENS if raw.get(key) is not None}
-    whole_file.write_json(folder / FILE, ids | lost)
+    whole_file.write_json(folder / FILE, lost)
     return {FILE: "the source has these settings in its config.json"}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
@@ -20,3 +23,17 @@ def settings(model: PreTrainedModel) -> dict[str, Any]:
         # A token may have the number 0, which Python takes for False.
         if (value != usual[key] if key in usual else value is not False)
     }
+
+
+def give(model: PreTrainedModel, folder: Path, settings: Mapping[str, Any]) -> None:
+    """Let a model generate as one that is opened from its folder does.
+
+    `folder` is that of its source, whose generation_config.json a conversion copies. Without such a file, it
+    generates by `settings`, if there are any.
+    """
+    if not model.can_generate():
+        return
+    if settings:
+        model.generation_config = GenerationConfig(**settings)
+    with suppress(OSError):  # there is none, or it is damaged; `from_pretrained` goes on without it as well
+        model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -1,7 +1,7 @@
 """The choice of how experts run: as grouped matrix products, or one after another.
 
-torch's grouped products need rows of a multiple of 16 bytes. This module does not import torch, because a
-conversion uses it too.
+torch's grouped products need rows of a multiple of 16 bytes, and take no float64. This module does not import
+torch, because a conversion uses it too.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 ROW = 16  # bytes
+WIDEST = 4  # bytes of a number
 GROUPED, ONE_BY_ONE = "grouped_mm", "eager"  # their names in transformers
 FOLLOWING = "grouped_mm_autocast"  # grouped products that follow autocast (`grouped.py`)
 IN_GROUPS = (GROUPED, FOLLOWING)
@@ -21,7 +22,7 @@ def take_groups(lengths: Iterable[int], itemsize: int) -> bool:
 
     `itemsize` is the size of a number in bytes.
     """
-    return all(length * itemsize % ROW == 0 for length in lengths)
+    return itemsize <= WIDEST and all(length * itemsize % ROW == 0 for length in lengths)
 
 
 def implementation(lengths: Iterable[int], itemsize: int) -> str:
