@@ -6,13 +6,16 @@ import json
 import shutil
 import sys
 import threading
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 
 import tiny
 from upcycle import Recipe, convert, families, verify
+from upcycle.checkpoints import carried
 from upcycle.conversion import tokenizer
+from upcycle.families._wrappers import WRAPPERS
 from upcycle.targets import natives
 
 MOE = {"num_experts": 2, "top_k": 1}
@@ -207,6 +210,21 @@ def test_the_rules_by_which_tokenizers_are_opened_are_those_of_transformers():
             assert family.tokenizer == rule(model_type), model_type
             for native in family.natives:
                 assert natives.find(native).reader == rule(native), native
+
+
+def test_the_files_of_every_tokenizer_are_carried():
+    from transformers.models.auto import tokenization_auto as auto
+
+    types = [*families.names(), *WRAPPERS]
+    # A model may come with the tokenizer of another: PhoBERT is a `roberta`.
+    names = {found for each in types if (found := auto.TOKENIZER_MAPPING_NAMES.get(each))} | {
+        "PhobertTokenizer"
+    }
+    kinds = [kind for name in sorted(names) if (kind := auto.tokenizer_class_from_name(name))]
+    assert len(kinds) > 10
+    for file in {file for kind in kinds for file in kind.vocab_files_names.values()}:
+        assert any(fnmatchcase(file, pattern) for pattern in carried.CARRIED), file
+        assert carried.of_tokenizer([file]), file
 
 
 def test_transformers_is_imported_beside_the_writing_if_there_is_a_tokenizer(tmp_path, monkeypatch):

@@ -16,13 +16,15 @@ from upcycle.errors import UpcycleError
 
 CARRIED = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model",
-    "*.tiktoken", "tekken.json", "tokenization_*.py", "chat_template*", "generation_config.json",
+    "*.tiktoken", "tekken.json", "bpe.codes", "normalizer.json", "tokenization_*.py", "chat_template*",
+    "generation_config.json",
     "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "modules.json",
     "config_sentence_transformers.json", "sentence_*_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
-TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
+TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "bpe.codes")
 _OF_TOKENIZER = (
-    *TOKENIZER, "special_tokens_map.json", "added_tokens.json", "tokenization_*.py", "chat_template*",
+    *TOKENIZER, "special_tokens_map.json", "added_tokens.json", "normalizer.json", "tokenization_*.py",
+    "chat_template*",
 )  # fmt: skip
 MODULES = "modules.json"  # of sentence-transformers: the modules behind the model, and their folders
 TEMPLATES = "additional_chat_templates"
