@@ -135,6 +135,31 @@ def test_experts_that_are_not_whole_are_refused_by_name(how, mixtral, tmp_path):
         upcycle.open(changed(mixtral, tmp_path / "model", edit))
 
 
+@pytest.mark.parametrize("name", ["nope", "/tmp/nope/dir", "config.json"])
+def test_a_folder_that_is_not_there(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UpcycleError, match=r"does not exist|is a file, not a folder"):
+        upcycle.open(name)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8", "much"])
+def test_types_that_no_model_is_loaded_in(dtype, dense):
+    with pytest.raises(
+        UpcycleError, match=f"dtype = '{dtype}'; allowed: float64, float32, float16, bfloat16"
+    ):
+        upcycle.load(dense("llama"), dtype=dtype)
+
+
+def test_double_precision(dense, tmp_path):
+    """Grouped products do not take it."""
+    ids = torch.arange(8)[None]
+    model = upcycle.load(dense("llama"), {"moe": {"num_experts": 4}}, dtype=torch.float64).eval()
+    wanted = upcycle.load(dense("llama"), {"moe": {"num_experts": 4}}).eval()
+    with torch.no_grad():
+        assert float((model(ids).logits - wanted(ids).logits).abs().max()) < 1e-4
+
+
 def test_the_config_of_a_vit_without_a_tensor_of_it_has_no_accuracy(tmp_path):
     """Neither accuracy nor a record of one."""
     folder = make(tmp_path / "vit", "ViTForImageClassification")

@@ -24,6 +24,7 @@ from marks import quick, sampled
 from promises import MOE, claims
 from upcycle import Recipe, UpcycleError, blueprint, convert, families, plan, verify
 from upcycle.families._encoder import Encoder
+from upcycle.hf import models
 from upcycle.inspection import inspect
 from upcycle.nn import MoE, routers
 from upcycle.training import recomputing
@@ -303,6 +304,22 @@ def test_names_are_those_that_transformers_saves(case, made, tmp_path):
     again = upcycle.open(tmp_path / "theirs")
     assert type(again) is type(model)
     assert difference(outputs(again), outputs(model)) < 1e-6  # sums depend on where tensors lie in memory
+
+
+@pytest.mark.parametrize(
+    ("model_type", "names"),
+    [
+        ("llama", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+        ("whisper", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES"),
+    ],
+)
+def test_transformers_knows_the_task_of_a_class_by_its_name(model_type, names):
+    """Its Trainer shifts labels for smoothing, and its pipelines choose a way, by these lists."""
+    from transformers.models.auto import modeling_auto
+
+    known = getattr(modeling_auto, names)
+    models.register_models(model_type)
+    assert models.architecture(f"Upcycled{known[model_type]}").__name__ in known.values()
 
 
 @pytest.mark.parametrize("case", SOME)

@@ -8,7 +8,6 @@ from pathlib import Path
 from signal import SIGTERM
 from typing import TYPE_CHECKING, Any
 
-from upcycle.api._missing import refuse_missing
 from upcycle.api._names import names
 from upcycle.checkpoints import hub
 from upcycle.errors import UpcycleError
@@ -131,7 +130,7 @@ def evaluate(
 def _refuse_absent(checkpoints: Sequence[str | Path], asked: ToScore) -> None:
     """Raise `UpcycleError` if a checkpoint or a data file is missing."""
     for checkpoint in checkpoints:
-        refuse_missing(checkpoint)
+        hub.refuse_missing(checkpoint)
     for path in (*asked.texts, asked.images, asked.chats, asked.shots, asked.task_files, asked.superglue):
         if path is not None and not path.exists():
             raise UpcycleError(f"no data at {path}")

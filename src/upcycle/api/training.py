@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upcycle.api._missing import refuse_missing
 from upcycle.blueprints.making import blueprint
 from upcycle.checkpoints import hub
 from upcycle.dense.admission import admit
@@ -55,7 +54,7 @@ def rehearse(run: Run | Mapping[str, Any] | str | Path, *, world: int = 1) -> Re
 
 def refuse_what_cannot_begin(run: Run) -> None:
     """Raise `UpcycleError` if a run cannot begin because of its source, its recipe or its data."""
-    refuse_missing(run.source)
+    hub.refuse_missing(run.source)
     if not run.from_scratch and not hub.is_id(run.source):
         with hub.open_checkpoint(run.source) as opened:
             if run.recipe is None:

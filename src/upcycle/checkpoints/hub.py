@@ -72,6 +72,14 @@ def _open(folder: Path, files: Files | None, *, allow_nonfinite: bool, label: st
     )
 
 
+def refuse_missing(checkpoint: str | Path) -> None:
+    """Raise `UpcycleError` if a checkpoint is neither a hub id nor a folder."""
+    if is_id(checkpoint) or Path(checkpoint).is_dir():
+        return
+    what = "is a file, not a folder" if Path(checkpoint).exists() else "does not exist"
+    raise UpcycleError(f"{checkpoint} {what}; give a checkpoint folder or a hub id (owner/name)")
+
+
 def is_id(source: str | Path) -> bool:
     """Return whether SOURCE is a hub id rather than a folder."""
     return not Path(source).exists() and _ID.fullmatch(str(source)) is not None

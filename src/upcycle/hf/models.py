@@ -21,6 +21,7 @@ from transformers.conversion_mapping import (
 )
 from transformers.core_model_loading import WeightRenaming
 
+from upcycle.checkpoints import hub
 from upcycle.errors import UpcycleError, cut
 from upcycle.families._wrappers import WRAPPERS
 from upcycle.hf import opening
@@ -179,13 +180,18 @@ def register_models(model_type: str) -> None:
         own = tuple(model_class(cls) for cls in several if cls.config_class is dense)
         if own:
             auto.register(made, own if len(own) > 1 else own[0], exist_ok=True)
+            # Trainer and pipelines know a model's task by the names of its classes.
+            names = tuple(cls.__name__ for cls in own)
+            auto._model_mapping._model_mapping[made.model_type] = names if len(names) > 1 else names[0]
 
 
 def open(folder: str | Path, **options: Any) -> PreTrainedModel:
     """Open the model in `folder` with the class that its config names; `options` go to `from_pretrained`.
 
-    Raises `UpcycleError` if the folder does not hold exactly the tensors of that class.
+    Raises `UpcycleError` if there is no such folder, or if it does not hold exactly the tensors of the
+    class.
     """
+    hub.refuse_missing(folder)
     names = opening.read_config(folder).architectures
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise UpcycleError(f"{folder}/config.json names no architecture; open it with an AutoModel class")
