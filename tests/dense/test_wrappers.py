@@ -15,7 +15,7 @@ import tiny
 import tiny_wrappers
 import upcycle
 from marks import sampled
-from upcycle import Recipe, UpcycleError, blueprint, convert, verify
+from upcycle import Recipe, UpcycleError, blueprint, convert, plan, verify
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.dense.admission import admit
 from upcycle.dense.places import head_is_tied
@@ -204,6 +204,18 @@ def test_experts_in_the_vision_tower(kind, part, made, tmp_path):
             if "vision_tower" in name and name.endswith("experts.down_proj"):
                 parameter.zero_()
     assert float((tiny_wrappers.logits(model, kind) - wanted).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("taken", "idle"), [(-2, True), (-1, False), ([0, 1], True), (2, False), (None, False)]
+)
+@pytest.mark.parametrize("part", ["text", "vision", "text+vision"])
+def test_experts_whose_output_nothing_reads_are_named(part, taken, idle, made, tmp_path):
+    """The tower has two layers; a LLaVA reads the last but one of its states."""
+    source = edit(made("llava"), tmp_path / "dense", vision_feature_layer=taken)
+    said = plan(source, Recipe.of(moe={"num_experts": 2, "part": part})).warnings
+    found = sum("experts in layer 1 do nothing" in warning for warning in said)
+    assert found == (idle and part != "text")
 
 
 def test_rows_are_judged_by_the_router_of_their_part(made, tmp_path):

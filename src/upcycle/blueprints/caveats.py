@@ -7,7 +7,8 @@ from upcycle.blueprints.blueprint import Blueprint
 from upcycle.checkpoints.dtypes import BY_TORCH_NAME, FLOATS
 from upcycle.dense.adapted import Adapted
 from upcycle.dense.places import Alone, Part
-from upcycle.errors import listed
+from upcycle.errors import listed, shown
+from upcycle.families._wrappers import VISION
 from upcycle.init import Site
 from upcycle.nn import kernels, router_rows
 from upcycle.nn.routers import Router
@@ -115,6 +116,7 @@ def _of_part(built: Blueprint) -> list[str]:
             "generation would compute every token anew"
         )
     out += _of_rows(built)
+    out += _unread(built)
     out += _past_a_switch(built)
     out += _odd_widths(built)
     out += built.target.warnings(built)
@@ -182,6 +184,23 @@ def _not_renormalised(moe: Moe, router: Router) -> str | None:
         f"function is kept only as far as the router scores all experts alike (router.std = "
         f"{router.std:g}; router.init = zeros does)"
     )
+
+
+def _unread(built: Blueprint) -> list[str]:
+    """Warn about the last layers of a vision tower if what is read is an earlier one's output (LLaVA)."""
+    taken = built.source.config.get("vision_feature_layer")
+    places = [place for place in (taken if isinstance(taken, list) else [taken]) if type(place) is int]
+    if built.recipe.moe.part != VISION or not places or not built.sites:
+        return []
+    count = built.sites[0].blocks  # and one more state: what goes into the first
+    last = max(place if place >= 0 else place + count + 1 for place in places)
+    if not (idle := [str(site.layer) for site in built.sites if site.layer >= last]):
+        return []
+    return [
+        f"the model reads the vision tower before its last layers (vision_feature_layer = {shown(taken)}): "
+        f"experts in {'layers' if len(idle) > 1 else 'layer'} {listed(idle, 8)} do nothing; leave them out "
+        f"of moe.layers"
+    ]
 
 
 def _past_a_switch(built: Blueprint) -> list[str]:
