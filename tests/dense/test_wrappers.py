@@ -14,7 +14,7 @@ import ranks
 import tiny
 import tiny_wrappers
 import upcycle
-from marks import sampled
+from marks import quick, sampled
 from upcycle import Recipe, UpcycleError, blueprint, convert, plan, verify
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.dense.admission import admit
@@ -112,7 +112,7 @@ def test_a_native_that_the_wrapper_cannot_hold_is_refused(made, monkeypatch):
     from upcycle.families._wrappers import WRAPPERS, Wrapper
 
     closed = Wrapper(architecture="LlavaForConditionalGeneration", tied=False, free=False)
-    monkeypatch.setattr("upcycle.dense.admission.WRAPPERS", {**WRAPPERS, "llava": closed})
+    monkeypatch.setattr("upcycle.dense.places.WRAPPERS", {**WRAPPERS, "llava": closed})
     with pytest.raises(UpcycleError, match=r"llava of transformers cannot hold a mixtral.*part_only"):
         blueprint(made("llava"), Recipe.of())
 
@@ -277,14 +277,24 @@ def test_what_never_reaches_a_vision_tower_says_so(made, tmp_path):
         start_of(run)
 
 
-def test_one_tower_after_the_other(made, tmp_path):
-    """What has experts in its text model already is a source for its vision tower."""
-    convert(made("llava"), tmp_path / "text", Recipe.of(moe={"num_experts": 2}, router={"std": 0.5}))
-    recipe = Recipe.of(moe={"num_experts": 3, "part": "vision"}, router={"std": 0.5})
-    convert(tmp_path / "text", tmp_path / "both", recipe)
-    assert verify(tmp_path / "text", tmp_path / "both").holds
-    wanted = tiny_wrappers.logits(opened(made("llava")), "llava")
-    found = tiny_wrappers.logits(opened(tmp_path / "both"), "llava")
+@pytest.mark.parametrize("kind", quick(TOWERS, "llava", "gemma3"))
+@pytest.mark.parametrize("parts", [("text", "vision"), ("vision", "text")], ids=" then ".join)
+def test_one_part_after_the_other(parts, kind, made, tmp_path):
+    """What has experts in one part already is a source for the other, and stays of the class that it is."""
+    source, target = made(kind), TOWERS[kind][0]
+    whole = blueprint(source, Recipe.of(moe={"num_experts": 2, "part": "text+vision", "target": target}))
+    for part in parts:
+        moe = {"num_experts": 2, "part": part, **({"target": target} if part == "text" else {})}
+        convert(source, tmp_path / part, Recipe.of(moe=moe, router={"std": 0.5}))
+        proof = verify(source, tmp_path / part)
+        assert proof.holds, proof.checks
+        source = tmp_path / part
+    config = json.loads((source / "config.json").read_text())
+    assert all(config[key] == whole.config[key] for key in ("model_type", "architectures"))
+    model = opened(source)
+    assert TOWERS[kind][1] in {type(module).__name__ for module in model.modules()}
+    assert len(upcycle.inspect(source).blocks) == 4
+    wanted, found = (tiny_wrappers.logits(each, kind) for each in (opened(made(kind)), model))
     assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-5
 
 

@@ -17,7 +17,7 @@ from upcycle.targets import dense_snippet
 
 def how_to_load(built: Blueprint | None, architecture: str) -> str:
     """Return Python code, in a fence, that opens what was built or the dense class `architecture`."""
-    code = built.target.snippet() if built else dense_snippet(architecture)
+    code = built.target.snippet(built.config) if built else dense_snippet(architecture)
     return f"```python\n{code}```\n"
 
 

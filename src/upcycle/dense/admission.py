@@ -21,7 +21,7 @@ from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError, cut, listed, nearest_of_many, shown
 from upcycle.families import Config, Family
 from upcycle.families._names import Names, spelled
-from upcycle.families._wrappers import TEXT, VISION, WRAPPERS, Wrapper
+from upcycle.families._wrappers import TEXT, VISION, Wrapper
 from upcycle.targets import natives
 
 _DROPPED = "the recipe drops "  # the beginning of a reason; the pattern of the recipe follows
@@ -74,7 +74,7 @@ def _admit_tower(checkpoint: Checkpoint, *, within: bool, drop: tuple[str, ...])
             f"own; take it out of the recipe"
         )
     own = places.own_config(raw, VISION)
-    wrapper = WRAPPERS.get(outer)
+    wrapper = places.wrapper_of(raw)
     named = own.get("model_type", "of its own")
     known = named in families.names() and families.find(str(named)).sees
     if wrapper is None or not wrapper.vision or not known:
@@ -180,7 +180,7 @@ def _within(
     """Return where the text model stands in a multimodal one."""
     raw = checkpoint.config
     outer = str(raw.get("model_type"))
-    wrapper = WRAPPERS.get(outer)
+    wrapper = places.wrapper_of(raw)
     if wrapper is None and not alone:
         raise UpcycleError(
             f"{checkpoint.folder} is a {cut(outer)} around a {family.model_type}, and upcycle does not know "

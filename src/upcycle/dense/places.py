@@ -7,7 +7,7 @@ without the prefix of its class, and without a head. Everything behind this file
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from upcycle import families
@@ -15,6 +15,7 @@ from upcycle.errors import UpcycleError, listed, shown
 from upcycle.families import Config, Family, Shapes
 from upcycle.families._names import Names
 from upcycle.families._wrappers import TEXT, VISION, WRAPPERS, Wrapper, config_key
+from upcycle.nn.upcycled_config import CLASS_PREFIX, PREFIX
 from upcycle.targets import wrapped
 
 if TYPE_CHECKING:
@@ -193,13 +194,25 @@ def is_wrapper(raw: Mapping[str, Any]) -> bool:
     )
 
 
+def wrapper_of(raw: Mapping[str, Any]) -> Wrapper | None:
+    """Return what is known about the multimodal model of config.json, or None if upcycle does not know it.
+
+    An upcycled one has the class and the text model that upcycling gave it, and all else as it was.
+    """
+    model_type = str(raw.get("model_type"))
+    known = WRAPPERS.get(model_type.removeprefix(PREFIX))
+    if known is None or not model_type.startswith(PREFIX):
+        return known
+    return replace(known, architecture=CLASS_PREFIX + known.architecture, text=PREFIX + known.text)
+
+
 def own_config(raw: Mapping[str, Any], part: str = TEXT) -> Config:
     """Return the config of a part within that of a wrapper, with the type that it assumes."""
     key = config_key(part)
     inner = raw.get(key)
     if not isinstance(inner, Mapping):
         raise UpcycleError(f"config.json: {key} = {shown(inner)}; it must be the config of a {_CALLED[part]}")
-    known = WRAPPERS.get(str(raw.get("model_type")))
+    known = wrapper_of(raw)
     usual = {TEXT: known.text, VISION: known.vision}[part] if known else ""
     own = {**({"model_type": usual} if usual else {}), **inner}
     model_type = own.get("model_type")
@@ -214,7 +227,7 @@ def head_is_tied(raw: Mapping[str, Any], head_is_stored: bool) -> bool:
     `UpcycleError` if the inner one says something else and the files do not settle it.
     """
     inner, outer = own_config(raw).get("tie_word_embeddings"), raw.get("tie_word_embeddings")
-    known = WRAPPERS.get(str(raw.get("model_type")))
+    known = wrapper_of(raw)
     if head_is_stored and None not in (inner, outer) and bool(inner) != bool(outer):
         raise UpcycleError(
             f"config.json: tie_word_embeddings = {shown(outer)} and text_config.tie_word_embeddings = "

@@ -237,8 +237,8 @@ class Target(abc.ABC):
         return f" by init {recipe['init']['name']}"
 
     @abc.abstractmethod
-    def snippet(self) -> str:
-        """Return Python code that opens the folder."""
+    def snippet(self, config: Mapping[str, Any]) -> str:
+        """Return Python code that opens the folder. `config` is its config.json."""
 
 
 def of(dense: Dense, recipe: Recipe) -> Target:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from upcycle.families import Config, Weights
 from upcycle.families._weights import Weight
@@ -37,6 +37,6 @@ class DenseClass(Target):
         listed = family.weights(whole) | family.optional(whole)
         return {name: listed.get(name) or Weight(entry.shape) for name, entry in entries.items()}
 
-    def snippet(self) -> str:
+    def snippet(self, config: Mapping[str, Any]) -> str:
         """Return Python code that opens the folder."""
         return dense_snippet(self.architecture)

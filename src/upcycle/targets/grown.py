@@ -184,9 +184,9 @@ class Grown(WithExperts):
         grow = dataclasses.replace(recipe.grow, noise=0.0, router_noise=0.0)
         return dataclasses.replace(recipe, grow=grow, dtype="source")
 
-    def snippet(self) -> str:
+    def snippet(self, config: Mapping[str, Any]) -> str:
         """Return Python code that opens the folder."""
-        return self.native.snippet()
+        return self.native.snippet(config)
 
 
 target = Grown

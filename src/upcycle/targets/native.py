@@ -350,7 +350,7 @@ class Native(WithExperts):
             )
         return out
 
-    def snippet(self) -> str:
+    def snippet(self, config: Mapping[str, Any]) -> str:
         """Return Python code that opens the folder."""
         return (
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"

@@ -218,7 +218,7 @@ class Upcycled(WithExperts):
             "Upcycling, B.4); leave it dense, as every_other and last_half do"
         ]
 
-    def snippet(self) -> str:
+    def snippet(self, config: Mapping[str, Any]) -> str:
         """Return Python code that opens the folder."""
         return (
             "import upcycle  # makes the architecture known to transformers' Auto classes\n\n"

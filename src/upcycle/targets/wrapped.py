@@ -22,7 +22,7 @@ from upcycle.families._weights import Initial, Weight
 from upcycle.families._wrappers import HEAD_APART, TEXT, VISION, Wrapper, config_key
 from upcycle.init import Site
 from upcycle.nn.routers import Router
-from upcycle.nn.upcycled_config import PREFIX
+from upcycle.nn.upcycled_config import PREFIX, dense_type
 from upcycle.targets import Block, Target, _moe_layer
 from upcycle.tensors.entries import Entry
 from upcycle.tensors.lazy import Lazy
@@ -187,9 +187,9 @@ class Renamed(Target):
         """Ask the target that the recipe names."""
         return targets.recorded(recipe["moe"]).label(recipe)
 
-    def snippet(self) -> str:
+    def snippet(self, config: Mapping[str, Any]) -> str:
         """Return Python code that opens the folder."""
-        return self.inner.snippet()
+        return self.inner.snippet(config)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,9 +210,9 @@ class HeadlessTarget(Renamed):
         """Return the rule of the target inside, whose type the folder has."""
         return self.inner.tokenizer(family)
 
-    def snippet(self) -> str:
+    def snippet(self, config: Mapping[str, Any]) -> str:
         """Return Python code that opens the folder."""
-        return self.inner.snippet().replace("AutoModelForCausalLM", "AutoModel")
+        return self.inner.snippet(config).replace("AutoModelForCausalLM", "AutoModel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,12 +273,17 @@ class Around(Renamed):
             architecture=str(named[0]) if isinstance(named, list) and named else "",
         )
 
-    def snippet(self) -> str:
-        """Return Python code that opens the folder."""
-        extra = "" if "import upcycle" not in self.inner.snippet() else "import upcycle\n"
+    def snippet(self, config: Mapping[str, Any]) -> str:
+        """Return Python code that opens the folder; upcycle opens it if it made the class of any part."""
+        parts = (config.get(config_key(part)) for part in (TEXT, VISION))
+        if any(isinstance(part, Mapping) and dense_type(part) is not None for part in parts):
+            imports, opening = "import upcycle\nfrom transformers import AutoProcessor", "upcycle.open"
+        else:
+            imports = f"from transformers import {self.architecture}, AutoProcessor"
+            opening = f"{self.architecture}.from_pretrained"
         return (
-            f"{extra}from transformers import {self.architecture}, AutoProcessor\n\n"
-            f'model = {self.architecture}.from_pretrained("path/to/this/folder")\n'
+            f"{imports}\n\n"
+            f'model = {opening}("path/to/this/folder")\n'
             'processor = AutoProcessor.from_pretrained("path/to/this/folder")\n'
         )
 
