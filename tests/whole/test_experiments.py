@@ -207,7 +207,7 @@ def test_questions_are_about_variants(script):
     [
         ("code", "equal_flops", "shuffle_slice"),
         ("code", "equal_seconds", "shuffle_slice_equal_seconds"),
-        ("vision", "equal_flops_vit", "virtual_group"),
+        ("vision", "equal_flops_vit", "shuffle_slice"),
     ],
     indirect=["script"],
 )

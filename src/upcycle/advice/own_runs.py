@@ -116,6 +116,11 @@ VISION = Experiment(
             experts=replace(_HALVES, layers=0.5),
             said="16 experts of half the width in the last half, top-2, at the dense FLOPs an image",
         ),
+        "shuffle_slice": Variant(
+            init="shuffle_slice",
+            experts=replace(_HALVES, layers=0.5),
+            said="16 slices of shuffled copies in the last half, top-2, at the dense FLOPs an image",
+        ),
     },
 )
 
@@ -216,6 +221,7 @@ MEASURED = (
     Measured(VISION, 70, "expert_choice_1", +0.0072, 0.0026, 0.30, None),
     Measured(VISION, 70, "expert_choice_2", +0.0028, 0.0026, 0.28, None),
     Measured(VISION, 70, "virtual_group", -0.0074, 0.0026, 0.02, 0.30),
+    Measured(VISION, 70, "shuffle_slice", -0.0134, 0.0028, 0.09, 0.26),
     Measured(JETPACK, 42, "importance", -0.0595, 0.0019, 0.12, 0.17, _THE_LARGER_ONE),
     Measured(ENCODER, 160, "expert_choice_1", -0.0005, 0.0008, 0.11, None),
     Measured(ENCODER, 160, "expert_choice_2", +0.0120, 0.0025, 0.30, None),
