@@ -23,7 +23,7 @@ from upcycle.nn import router_rows, routers
 from upcycle.nn.router_rows import RouterRows
 from upcycle.recipe import Recipe
 from upcycle.records.provenance import Provenance
-from upcycle.system.wording import place_of
+from upcycle.system.wording import layers_of, place_of
 from upcycle.targets import Block, Target, natives
 from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy, Stored, blocks
@@ -273,11 +273,7 @@ def _not_finite(parts: Sequence[Block], layers: Sequence[dict[str, Any]]) -> lis
         for what, cosines in (("routers", [row["router"]]), ("experts", groups)):
             if not all(np.isfinite(each["cosine"]).all() for each in cosines):
                 found[what].append(place_of(part.place, part.layer))
-    return [
-        f"{what} hold NaN or inf (layer{'s' if len(places) > 1 else ''} {listed(places, 8)})"
-        for what, places in found.items()
-        if places
-    ]
+    return [f"{what} hold NaN or inf ({layers_of(places)})" for what, places in found.items() if places]
 
 
 def _of_routers(

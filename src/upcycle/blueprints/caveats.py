@@ -13,7 +13,7 @@ from upcycle.init import Site
 from upcycle.nn import kernels, router_rows
 from upcycle.nn.routers import Router
 from upcycle.recipe import Moe, Recipe
-from upcycle.system.wording import place_of
+from upcycle.system.wording import layers_of, place_of
 
 
 def _adapters(built: Blueprint) -> list[str]:
@@ -198,8 +198,7 @@ def _unread(built: Blueprint) -> list[str]:
         return []
     return [
         f"the model reads the vision tower before its last layers (vision_feature_layer = {shown(taken)}): "
-        f"experts in {'layers' if len(idle) > 1 else 'layer'} {listed(idle, 8)} do nothing; leave them out "
-        f"of moe.layers"
+        f"experts in {layers_of(idle)} do nothing; leave them out of moe.layers"
     ]
 
 

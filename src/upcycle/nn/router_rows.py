@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from upcycle.errors import listed
+from upcycle.system.wording import layers_of
 
 ALIKE = 0.99  # cosine above which two rows are called alike
 _DEPENDENT = 1e-6  # singular values below this share of the largest count as zero
@@ -162,7 +162,4 @@ def warnings(found: Mapping[str, RouterRows]) -> list[str]:
                 f"the same tokens score high with both",
                 [],
             ).append(place)
-    return [
-        f"{sentence} (layer{'s' if len(places) > 1 else ''} {listed(places, 8)})"
-        for sentence, places in said.items()
-    ]
+    return [f"{sentence} ({layers_of(places)})" for sentence, places in said.items()]

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from decimal import Decimal
 
-from upcycle.errors import printable
+from upcycle.errors import listed, printable
 
 _LARGE = ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k"))
 _WRITTEN = re.compile(r"(\d[\d_]*(?:\.\d*)?|\.\d+)(?:[eE]\+?(\d{1,2}))?\s*([A-Za-z]*)")
@@ -65,6 +65,11 @@ def _quoted(word: str) -> str:
         text = word.replace("\\", "\\\\").replace("'", "\\'")
         return f"$'{printable(text)}'"
     return shlex.quote(f"./{word}" if word.startswith("-") else word)
+
+
+def layers_of(places: list[str]) -> str:
+    """Return some layers, given by their places, as `layer 2` or `layers 0, 2`; of many, the first eight."""
+    return f"layer{'s' if len(places) > 1 else ''} {listed(places, 8)}"
 
 
 def place_of(stack: str, layer: int) -> str:
