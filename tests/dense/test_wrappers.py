@@ -288,7 +288,11 @@ def test_one_part_after_the_other(parts, kind, made, tmp_path):
         convert(source, tmp_path / part, Recipe.of(moe=moe, router={"std": 0.5}))
         proof = verify(source, tmp_path / part)
         assert proof.holds, proof.checks
+        loaded = upcycle.load(source, Recipe.of(moe=moe, router={"std": 0.5})).state_dict()
         source = tmp_path / part
+        stored = opened(source).state_dict()
+        assert loaded.keys() == stored.keys()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in stored.items())
     config = json.loads((source / "config.json").read_text())
     assert all(config[key] == whole.config[key] for key in ("model_type", "architectures"))
     model = opened(source)

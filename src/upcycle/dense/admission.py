@@ -23,6 +23,7 @@ from upcycle.families import Config, Family
 from upcycle.families._names import Names, spelled
 from upcycle.families._wrappers import TEXT, VISION, Wrapper
 from upcycle.targets import natives
+from upcycle.targets.wrapped import Wrapped
 
 _DROPPED = "the recipe drops "  # the beginning of a reason; the pattern of the recipe follows
 _MOE_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
@@ -89,7 +90,7 @@ def _admit_tower(checkpoint: Checkpoint, *, within: bool, drop: tuple[str, ...])
     without = dropped(checkpoint, drop)
     stored = kept(checkpoint, without)
     refuse_unsound(checkpoint, stored, family, own)
-    place = places.Tower(model_type=outer, wrapper=wrapper)
+    place = places.Tower(model_type=outer, wrapper=wrapper, text=Wrapped.found(raw))
     config = family.config(place.config(raw))
     found = spelled(family, family.shapes(config), stored)
     places.refuse_two(where, found, VISION)

@@ -127,6 +127,7 @@ class Tower(Part):
 
     called: ClassVar[str] = _CALLED[VISION]
     speaks: ClassVar[bool] = False
+    text: wrapped.Wrapped | None  # the text model, if it has experts already
 
     def config(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
         return {key: value for key, value in own_config(raw, VISION).items() if key != "architectures"}
@@ -135,7 +136,8 @@ class Tower(Part):
         return family.architectures[0]
 
     def around(self, target: Target) -> Target:
-        return wrapped.Seeing.of(target, self.names, self.model_type, self.wrapper)
+        seeing = wrapped.Seeing.of(target, self.names, self.model_type, self.wrapper)
+        return replace(seeing, beside=self.text)
 
 
 @dataclass(frozen=True, kw_only=True)

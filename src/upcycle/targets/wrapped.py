@@ -293,11 +293,26 @@ class Seeing(Around):
     """A multimodal model whose vision tower is a target."""
 
     part: ClassVar[str] = VISION
+    beside: Wrapped | None = None  # its text model, if that had experts before
 
     @classmethod
     def of(cls, inner: Target, names: Names, model_type: str, wrapper: Wrapper) -> Self:
         """Return the multimodal model around `inner`, whose class is the same."""
         return cls(inner=inner, names=names, model_type=model_type, architecture=wrapper.architecture)
+
+    def in_memory(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        """Return the tensors as the class holds them, with those of experts in the text model."""
+        made = super().in_memory(entries)
+        return made if self.beside is None else self._text(made).in_memory(made)
+
+    def on_disk(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        """Return the tensors by their names on disk, given as `in_memory` returns them."""
+        made = super().on_disk(entries)
+        return made if self.beside is None else self._text(made).on_disk(made)
+
+    def _text(self, entries: Mapping[str, Entry]) -> Wrapped:
+        assert self.beside is not None
+        return self.beside.at(self._parts(entries)[1], f"the text model of {self.model_type}")
 
     def start(self, config: Mapping[str, Any], tensors: Iterable[str]) -> str | None:
         """Return what the names of the tower begin with in a folder, or None if it has no experts there."""
@@ -351,14 +366,18 @@ class Wrapped(Around):
     def layers(self, config: Mapping[str, Any], tensors: Mapping[str, Lazy], folder: Path) -> list[Block]:
         """Return the blocks of the text model, and those of the vision tower if it has experts."""
         tower = self.beside.start(config, tensors) if self.beside else None
-        others = ("mtp.",) if tower is None else ("mtp.", tower)
-        names = (name for name in tensors if _EXPERTS in name and not name.startswith(others))
-        start = next((name.partition(_BLOCKS)[0] for name in names), None)
-        if start is None:
-            raise UpcycleError(f"{folder} has no tensors of experts")
-        found = replace(self, names=Names(root=self.inner.root, body=start, head=start))
+        others = (name for name in tensors if tower is None or not name.startswith(tower))
+        found = self.at(others, folder)
         more = self.beside.layers(config, tensors, folder) if self.beside else []
         return [*super(Wrapped, found).layers(config, tensors, folder), *more]
+
+    def at(self, names: Iterable[str], where: object) -> Self:
+        """Return the same around the text model whose experts are among the `names` of tensors."""
+        experts = (name for name in names if _EXPERTS in name and not name.startswith("mtp."))
+        start = next((name.partition(_BLOCKS)[0] for name in experts), None)
+        if start is None:
+            raise UpcycleError(f"{where} has no tensors of experts")
+        return replace(self, names=Names(root=self.inner.root, body=start, head=start))
 
     def refuse_layout(self, config: Mapping[str, Any], *, tp_size: int, ep_size: int) -> None:
         """Ask the targets inside."""
