@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import ranks
 import tiny_wrappers
-from upcycle import UpcycleError, export
+from upcycle import UpcycleError, convert, export
 from upcycle.calibration.calibration import ToCalibrate, calibrate
 from upcycle.families._training import trained
 from upcycle.records.provenance import Provenance
@@ -91,6 +91,24 @@ def test_a_dense_run_is_that_of_the_text_model(trainable, around, tmp_path):
     carried = {"moe": {"num_experts": 2}, "optimizer": {"carry_state": True}}
     losses = [train(table(tmp_path / n, text, tmp_path / f"{n} up", **carried)).loss for n in ("out", "text")]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("target", [None, "native", pytest.param("upcycled", marks=pytest.mark.slow)])
+def test_a_vision_tower_with_experts_is_left_alone(target, trainable, around, tmp_path):
+    """Texts do not reach its routers. The card imports what opens its class."""
+    convert(around, tmp_path / "moe", {"moe": {"num_experts": 2, "part": "vision"}})
+    moe = {"moe": {"num_experts": 2, "target": target}} if target else {}
+    wanted = train(table(around, trainable[1], tmp_path / "wanted", **moe))
+    found = train(table(tmp_path / "moe", trainable[1], tmp_path / "run", **moe))
+    assert (found.loss, found.held_out_loss) == (wanted.loss, wanted.held_out_loss)
+    for run in ("wanted", "run"):
+        export(tmp_path / run, tmp_path / f"{run} out")
+        card = (tmp_path / f"{run} out" / "README.md").read_text()
+        assert ("import upcycle" in card) == (run == "run" or target == "upcycled")
+    before, after = files(tmp_path / "moe"), files(tmp_path / "run out")
+    tower = [name for name in before if "vision" in name]
+    assert any(".experts." in name for name in tower)
+    assert all(torch.equal(before[name], after[name]) for name in tower)
 
 
 def test_an_export_says_what_the_routers_within_were_trained_with(trainable, around, tmp_path):

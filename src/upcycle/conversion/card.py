@@ -12,12 +12,12 @@ from upcycle.blueprints.blueprint import Blueprint
 from upcycle.blueprints.cost import Plan, flops_per_token, plan_of
 from upcycle.conversion.plain import code, plain
 from upcycle.conversion.provenance import published
-from upcycle.targets import dense_snippet
+from upcycle.targets import Target, dense_snippet
 
 
-def how_to_load(built: Blueprint | None, architecture: str) -> str:
-    """Return Python code, in a fence, that opens what was built or the dense class `architecture`."""
-    code = built.target.snippet(built.config) if built else dense_snippet(architecture)
+def how_to_load(target: Target | None, config: Mapping[str, Any], architecture: str) -> str:
+    """Return Python code, in a fence, that opens a target with this config, or the class `architecture`."""
+    code = target.snippet(config) if target else dense_snippet(architecture)
     return f"```python\n{code}```\n"
 
 
@@ -108,7 +108,7 @@ It is {plain(plan.made)}.
 
 ## Load
 
-{how_to_load(built, built.target.architecture)}
+{how_to_load(built.target, built.config, built.target.architecture)}
 ## What to know
 
 {_warnings(built, plan, out)}

@@ -13,15 +13,10 @@ from upcycle.nn.moe import RouterLayer
 
 def routers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the routers of `model` with their names, in module order; empty for a dense model."""
-    own: list[tuple[str, nn.Module]] = [p for p in model.named_modules() if isinstance(p[1], RouterLayer)]
-    if own:
-        return own
-    for module in model.modules():
-        recorders = getattr(module, "_can_record_outputs", None) or {}
-        if "router_logits" in recorders:
-            kind = recorders["router_logits"].target_class
-            return [(name, m) for name, m in model.named_modules() if isinstance(m, kind)]
-    return []
+    recorders = (getattr(module, "_can_record_outputs", None) or {} for module in model.modules())
+    found = (each["router_logits"].target_class for each in recorders if "router_logits" in each)
+    kinds: tuple[type[nn.Module], ...] = (RouterLayer, *found)
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
 def bias_of(router: nn.Module, block: nn.Module) -> Tensor | None:

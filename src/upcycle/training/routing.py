@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
 
 from upcycle.errors import UpcycleError
 from upcycle.hf import recorded
+from upcycle.hf.body import Body
 from upcycle.nn.counts import counted
 from upcycle.nn.moe import RouterLayer
 from upcycle.nn.routing import Routing
@@ -131,9 +133,13 @@ class Routers:
     _noise: tuple[float, Seeds] | None = None
 
     @classmethod
-    def of(cls, model: nn.Module) -> Routers | None:
-        """Return the routers of `model` with hooks installed; None if it is dense."""
-        there = recorded.routers(model)
+    def of(cls, model: PreTrainedModel) -> Routers | None:
+        """Return the routers that tokens reach in `model`, with hooks installed; None if there are none.
+
+        Those of a vision tower are not among them.
+        """
+        body = Body.of(model)
+        there = [(name, module) for name, module in recorded.routers(model) if not body.is_around(name)]
         if not there:
             return None
         routers = cls(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from upcycle import tasks
+from upcycle import targets, tasks
 from upcycle.conversion import card, provenance
 from upcycle.records.provenance import Provenance, Training
 from upcycle.training.exports import Trained
@@ -72,6 +72,7 @@ def training_of(trained: Trained) -> Training:
 def card_of(trained: Trained) -> str:
     """Return a short model card; upcycle.json has the details."""
     begun, record, state = trained.start, trained.record, trained.state
+    target = begun.built.target if begun.built else targets.opened(begun.config)
     moe = begun.built is not None and bool(begun.built.sites)
     kind = "dense model that continues"
     if begun.built:
@@ -104,6 +105,6 @@ A `{begun.config["model_type"]}` {kind} {source}, trained with `upcycle train` f
 {losses}
 ## Load
 
-{card.how_to_load(begun.built, begun.architecture)}
+{card.how_to_load(target, begun.config, begun.architecture)}
 `upcycle.json` beside this file holds the recipe, the run file and the hashes of the source.
 """
