@@ -17,8 +17,9 @@ class VirtualGroup(Init):
     (equation 2).
 
     `scale_mode`: `down` puts the whole factor on the down projection and is exact; `sqrt` shares it between
-    up and down and is exact as well; `cube_root` puts it on all three as published, which is exact for
-    squared ReLU and 13-46 % off for SwiGLU.
+    up and down, which is exact in a network with a gate and with ReLU, because up is inside the activation
+    of one without; `cube_root` puts it on all matrices as published, which is exact for squared ReLU and
+    13-46 % off for SwiGLU.
     """
 
     summary = "the dense FFN cut into G shards, copied (NVIDIA granular upcycling)"
