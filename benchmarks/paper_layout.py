@@ -3,9 +3,10 @@
     python benchmarks/paper_layout.py [--gpus 128] [--gpu H100] [--json]
 
 The paper trains Llama 3 8B with 8 experts top-2 with TP 2, EP 8 folded over it, PP 4 in 8 virtual stages,
-and ZeRO-1 over what is left (arXiv 2412.09952, section 4). upcycle has no pipeline. Here the paper's step is
-worked out by hand with the constants and the collectives of `upcycle.forecast`: one row of 8192 tokens a GPU,
-no recomputation, even routing.
+and ZeRO-1 over what is left (arXiv 2412.09952, section 4). What it measured on 128 GPUs cuts rows in two as
+well (CP 2), which is left out here. upcycle has no pipeline. Here the paper's step is worked out by hand with
+the constants and the collectives of `upcycle.forecast`: one row of 8192 tokens a GPU, no recomputation, even
+routing.
 """
 
 from __future__ import annotations
