@@ -677,6 +677,17 @@ def test_a_capacity_below_one_token(data):
             upcycle.blueprint(data / "vit", Recipe.of(moe=UPCYCLED["moe"], router=router))
 
 
+@pytest.mark.parametrize("rounding", ["vmoe", "flaxformer"])
+def test_a_rounding_that_gives_every_expert_places(rounding, data):
+    """An expert's part of 17 tokens is less than half of one, and it gets four."""
+    router = {"name": "expert_choice", "capacity_factor": 0.01, "rounding": rounding}
+    upcycle.blueprint(data / "vit", Recipe.of(moe=UPCYCLED["moe"], router=router | {"name": "top_k"}))
+    model = upcycle.load(data / "vit", Recipe.of(moe=UPCYCLED["moe"], router=router))
+    layer = next(module for module in model.modules() if isinstance(module, MoE))
+    hidden = torch.randn(1, 17, layer.shape.hidden_size, generator=torch.Generator().manual_seed(0))
+    assert layer.router(hidden, None).counts.tolist() == [4] * layer.shape.num_experts
+
+
 def test_the_normalisation_is_that_of_the_checkpoint(data, tmp_path):
     """preprocessor_config.json says it, comes along, and a run file may say otherwise."""
     source = tmp_path / "vit"

@@ -114,7 +114,8 @@ class Router(Named, abc.ABC):
     def check(self, num_experts: int, top_k: int, length: int) -> None:
         """Raise `UpcycleError` if an expert has no place in a group of `length` tokens."""
         share, group = self.share(num_experts, top_k), self.group or length
-        if share is not None and round(group * share, 9) <= 0.5:
+        rounding: Rounding = self.as_table().get("rounding", "exact")
+        if share is not None and not capacity(group, share, rounding, minimum=0):
             raise UpcycleError(
                 f"router.capacity_factor is too small: an expert's part of {group} tokens is "
                 f"{group * share:.2g}, less than one; raise it, or take fewer experts"
