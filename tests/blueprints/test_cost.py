@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny
+from marks import quick
 from upcycle import Recipe, convert, plan
+from upcycle.blueprints.cost import flops_per_row
 from upcycle.blueprints.shards import parse_size
+from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.dense.admission import admit
 
 
 def recipe_for(model_type: str) -> Recipe:
@@ -91,3 +98,52 @@ def test_the_plan_is_json(dense):
 )
 def test_sizes(text, size):
     assert parse_size(text) == size
+
+
+# --- attention scores
+
+ATTENDING = (
+    "llama", "mistral", "ministral", "phi3", "gemma2", "gemma3_text", "gemma4_text", "cohere2", "olmo3",
+    "exaone4", "cwm", "smollm3", "granite_swa", "qwen3_5_text", "lfm2", "granitemoehybrid", "nemotron_h",
+)  # fmt: skip
+
+
+def attended(model: Any, length: int) -> list[int]:
+    """How many scores of a row of `length` are not masked in each layer that attends."""
+    ids = torch.arange(length)[None] % 90
+    with torch.inference_mode():
+        found = model(ids, output_attentions=True).attentions
+    return [int((each[0, 0] > 0).sum()) for each in found if each is not None]
+
+
+@pytest.mark.parametrize("model_type", quick(ATTENDING, "mistral", "gemma3_text", "lfm2", "nemotron_h"))
+def test_a_token_reaches_what_its_mask_leaves(model_type, dense):
+    """Windows, layers of a convolution or a state, and those of a feed-forward network alone."""
+    source, length = dense(model_type), 24
+    model = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager")
+    opened = admit(Checkpoint.open(source))
+    every = range(opened.stacks[0].count)
+    reaches = [opened.family.reach(opened.config, i, length) for i in every]
+    wanted = [reach * length - reach * (reach - 1) // 2 for reach in reaches if reach]
+    assert attended(model, length) == wanted
+
+
+def test_a_token_of_a_modernbert_reaches_half_a_window_on_either_side(tmp_path):
+    source = tiny.make(tmp_path / "dense", "ModernBertModel", local_attention=8, num_hidden_layers=4)
+    model = transformers.AutoModel.from_pretrained(source, attn_implementation="eager")
+    opened, length = admit(Checkpoint.open(source)), 24
+    reaches = [opened.family.reach(opened.config, i, length) for i in range(4)]
+    assert reaches == [24, 9, 9, 24]
+    edges = 2 * sum(range(1, 5))  # the first and the last tokens have fewer on one side
+    assert attended(model, length) == [n * length - (edges if n < length else 0) for n in reaches]
+
+
+def test_flops_of_a_model_with_convolutions_are_those_that_torch_counts(dense):
+    """Half of the layers of this LFM2 do not attend."""
+    source, length = dense("lfm2", max_position_embeddings=512), 512
+    model = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, length, dtype=torch.long), use_cache=False)
+    opened = admit(Checkpoint.open(source))
+    found = flops_per_row(opened, None, {"layers": length}, all_scores=True)
+    assert found == pytest.approx(counter.get_total_flops(), rel=0.01)

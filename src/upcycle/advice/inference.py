@@ -9,7 +9,6 @@ from upcycle.advice.situation import Situation
 from upcycle.advice.statements import Statement
 from upcycle.checkpoints.dtypes import BY_TORCH_NAME, FLOATS
 from upcycle.dense.source import Dense
-from upcycle.errors import UpcycleError
 from upcycle.system.wording import rounded, rounded_size
 
 SLOWDOWN = 0.4
@@ -22,7 +21,7 @@ def cache_bytes(dense: Dense, lengths: Mapping[str, int], itemsize: int) -> int:
     `lengths` has the number of tokens of the row in each stack. `itemsize` is the number of bytes of an
     element. Layers with a sliding window keep the tokens of the window, and linear attention keeps none. A
     decoder that attends to an encoder keeps keys and values of the encoder's tokens too. Upcycling changes
-    none of this. Raises `UpcycleError` if config.json has a wrong window or wrong layer types.
+    none of this.
     """
     config, family = dense.config, dense.family
     decoder = next((stack for stack in dense.stacks if stack.causal), None)
@@ -32,16 +31,8 @@ def cache_bytes(dense: Dense, lengths: Mapping[str, int], itemsize: int) -> int:
     if decoder.across:
         tokens = length + lengths[decoder.across]
         return itemsize * tokens * sum(family.cached(config, layer) for layer in range(decoder.count))
-    window, given = config.get("sliding_window"), config.get("layer_types")
-    if window is not None and (type(window) is not int or window < 1):
-        raise UpcycleError(f"config.json: sliding_window = {window!r}; it must be a whole number, or null")
-    if given is not None and not (isinstance(given, list) and all(isinstance(kind, str) for kind in given)):
-        raise UpcycleError(f"config.json: layer_types = {given!r}; it must be a list of names")
-    kinds = given or [
-        "sliding_attention" if window else "full_attention"
-    ] * int(config["num_hidden_layers"])  # fmt: skip
-    kept = {"full_attention": length, "sliding_attention": min(length, window or length)}
-    return itemsize * sum(kept.get(kind, 0) * family.cached(config, i) for i, kind in enumerate(kinds))
+    blocks = range(decoder.count)
+    return itemsize * sum(family.reach(config, i, length) * family.cached(config, i) for i in blocks)
 
 
 def statements(situation: Situation) -> list[Statement]:

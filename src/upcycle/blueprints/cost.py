@@ -252,9 +252,10 @@ def flops_per_row(
 
     `lengths` has the number of tokens of the row in each stack. `built` is None for the dense model itself.
     Causal attention needs half of the scores, on average; `all_scores` counts both halves, as papers do that
-    report FLOPs or MFU.
+    report FLOPs or MFU. A sliding window has the scores within it, and a block without attention has none.
     """
-    stacks = dense.family.stacks(built.family_config) if built else dense.stacks
+    config = built.family_config if built else dense.config
+    stacks = dense.family.stacks(config) if built else dense.stacks
     weights = built.weights if built else dense.weights
     total, last = 0, stacks[-1].name
     tied_head = built.tied_head if built else dense.tied_head
@@ -265,8 +266,13 @@ def flops_per_row(
             met -= dense.idle
         if built:
             met += mixing(built, stack.name) - idle_weights(built, stack.name, length).in_products
-        scores = stack.count * 4 * stack.attention * length * length
-        total += 2 * met * length + (scores // 2 if stack.causal and not all_scores else scores)
+        reaches = [dense.family.reach(config, i, length) for i in range(stack.count)]
+        if stack.causal:  # the first tokens of a row have fewer before them
+            pairs = sum(2 * reach * length - reach**2 for reach in reaches)
+            scores = 4 * stack.attention * pairs // (1 if all_scores else 2)
+        else:
+            scores = 4 * stack.attention * sum(reaches) * length
+        total += 2 * met * length + scores
         if stack.across:
             total += stack.count * 4 * stack.attention * length * lengths[stack.across]
     return total

@@ -160,10 +160,20 @@ class Family(abc.ABC):
     def cached(self, config: Config, layer: int) -> int:
         """Return how many numbers a causal block keeps of a token for the tokens after it: keys and values.
 
-        They are those of transformers' cache. Blocks whose kind (`layer_types`) keeps none are not asked.
+        They are those of transformers' cache. Blocks that attend to nothing (`reach`) are not asked.
         """
         heads = config.get("num_key_value_heads") or config["num_attention_heads"]
         return int(2 * heads * config["head_dim"])
+
+    def reach(self, config: Config, layer: int, length: int) -> int:
+        """Return to how many tokens of a row of `length` a token in a block can attend, itself among them.
+
+        That is a sliding window, all of the row, or 0 in a block without attention (`layer_types`).
+        """
+        kinds, window = config.get("layer_types"), config.get("sliding_window") or length
+        if kinds is None:
+            return min(length, int(window))
+        return {"full_attention": length, "sliding_attention": min(length, int(window))}.get(kinds[layer], 0)
 
     def grid(self, config: Mapping[str, Any], stack: str) -> Grid | None:
         """Return the image patches that are the positions of a stack, row by row, after the class tokens.

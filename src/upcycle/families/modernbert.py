@@ -76,6 +76,12 @@ class ModernBert(Encoder):
             return Normal(math.sqrt(left / config["hidden_size"]))
         return super().initial(config, name, weight)
 
+    def reach(self, config: Config, layer: int, length: int) -> int:
+        kinds, every = config.get("layer_types"), config.get("global_attn_every_n_layers") or 3
+        if kinds[layer] == "full_attention" if kinds else layer % every == 0:
+            return length
+        return min(length, config.get("local_attention", 128) // 2 * 2 + 1)  # half of it on either side
+
     def head(self, config: Config) -> Weights:
         return {}
 

@@ -132,7 +132,7 @@ class NemotronH(PlainDecoder):
                 having=tuple(i for i, kind in enumerate(kinds) if kind == "mlp"),
                 hidden=config["hidden_size"],
                 width=config["intermediate_size"],
-                attention=heads * kinds.count("full_attention") // len(kinds),  # of an average layer
+                attention=heads,
                 path=f"{self.root}{block}mixer",
                 owned=(f"{self.root}{block}mixer.",),
                 module=f"{block}mixer",
