@@ -15,9 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from upcycle import Recipe, cli, convert, plan, verify
+from upcycle import Recipe, blueprint, cli, convert, plan, verify
+from upcycle.advice.situation import Budget, Situation
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.header import read_header
+from upcycle.cli.views.plan import show_plan
 from upcycle.conversion import provenance
 from upcycle.conversion.plain import plain
 from upcycle.errors import UpcycleError
@@ -297,7 +299,7 @@ def test_a_card_names_every_source(dense, tmp_path):
     )
 
 
-def test_a_narrower_model_with_experts_is_compared_with_its_source(tmp_path):
+def test_a_narrower_model_with_experts_is_compared_with_its_source(tmp_path, capsys):
     source = tiny.make(tmp_path / "vit", "ViTForImageClassification", hidden_size=32)
     recipe = Recipe.of(
         moe={"target": "upcycled", "num_experts": 4}, init={"name": "uniform"}, successor={"hidden_size": 16}
@@ -309,6 +311,17 @@ def test_a_narrower_model_with_experts_is_compared_with_its_source(tmp_path):
     assert whole > costs.dense_parameters
     assert "| | dense | dense, narrower | MoE |" in card
     assert f"| parameters | {whole:,} | {costs.dense_parameters:,} | {costs.total_parameters:,} |" in card
+    assert costs.predecessor == {
+        "parameters": whole,
+        "active_parameters": whole,
+        "flops_per_token": plan(source, {"moe": {"target": "upcycled"}}).dense_flops_per_token,
+    }
+    show_plan(costs)
+    assert capsys.readouterr().out.splitlines()[1].split() == ["dense", "dense,", "narrower", "MoE"]
+    asked = Budget(tokens=10**6, dense_tokens=10**6)
+    situation = Situation(built=blueprint(source, recipe), asked=asked)
+    assert situation.before == "the narrower dense model"
+    assert situation.trained == 10**6 / whole
 
 
 def test_an_adapter_beside_the_weights_is_said(dense, tmp_path):

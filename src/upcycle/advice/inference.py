@@ -61,6 +61,8 @@ def statements(situation: Situation) -> list[Statement]:
             )
         )  # fmt: skip
     dense_flops = "FLOPs of the source" if situation.grows else "dense FLOPs"
+    if plan.predecessor is not None:
+        dense_flops = "FLOPs of the narrower dense model"
     flops = plan.flops_per_token / plan.dense_flops_per_token
     out.append(
         Statement(

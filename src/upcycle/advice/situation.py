@@ -159,7 +159,9 @@ class Situation:
     @property
     def trained(self) -> float | None:
         """The number of tokens per parameter that the dense model has seen; None if that is not known."""
-        return self.asked.dense_tokens / self.plan.dense_parameters if self.asked.dense_tokens else None
+        plan = self.plan
+        size = plan.dense_parameters if plan.predecessor is None else plan.predecessor["parameters"]
+        return self.asked.dense_tokens / size if self.asked.dense_tokens else None
 
     @property
     def grows(self) -> bool:
@@ -168,8 +170,10 @@ class Situation:
 
     @property
     def before(self) -> str:
-        """The model that the MoE is made of, in words."""
-        return "the source" if self.grows else "the dense model"
+        """The model that the MoE is compared with, in words."""
+        if self.grows:
+            return "the source"
+        return "the dense model" if self.plan.predecessor is None else "the narrower dense model"
 
     @property
     def copies(self) -> bool:

@@ -32,6 +32,9 @@ class Plan:
     FLOPs are those of a forward pass per token in matrix products, 2 per weight. Attention scores, which grow
     with the context, and norms are not counted; the embedding is a look-up. In a model of stages, a token is
     one of the first stage (a patch of the image), and it has its share of the tokens of the other stages.
+
+    With a successor, the dense model is the one of its size, and `predecessor` has the counts of the source:
+    `parameters`, `active_parameters` and `flops_per_token`.
     """
 
     source: str
@@ -56,6 +59,7 @@ class Plan:
     active_parameters: int
     dense_flops_per_token: int
     flops_per_token: int
+    predecessor: dict[str, int] | None
     output_bytes: int
     peak_memory_bytes: int
     blueprint_hash: str
@@ -134,7 +138,7 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
             for site in built.all_sites
         },
         shared_width=built.shared_width,
-        dense_parameters=(stored := sum(t.size for t in (*dense.tensors.values(), *dense.around.values()))),
+        dense_parameters=(stored := _stored(dense)),
         dense_active_parameters=stored - dense.idle,
         total_parameters=total,
         active_parameters=total
@@ -143,6 +147,7 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
         - (idle_weights(built.tower).parameters if built.tower else 0),
         dense_flops_per_token=flops_per_token(dense),
         flops_per_token=2 * (met + mixing(built)),
+        predecessor=None if dense is dense.whole else _counts(dense.whole),
         output_bytes=lay_out(built.entries, shard_size).nbytes,
         peak_memory_bytes=peak_memory(built, jobs),
         blueprint_hash=built.hash,
@@ -153,6 +158,20 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
         ],
         warnings=caveats.warnings(built),
     )
+
+
+def _stored(dense: Dense) -> int:
+    """Return the parameters of a dense model and of what is around it."""
+    return sum(tensor.size for tensor in (*dense.tensors.values(), *dense.around.values()))
+
+
+def _counts(dense: Dense) -> dict[str, int]:
+    stored = _stored(dense)
+    return {
+        "parameters": stored,
+        "active_parameters": stored - dense.idle,
+        "flops_per_token": flops_per_token(dense),
+    }
 
 
 def _routing(built: Blueprint) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import upcycle
 from upcycle.blueprints.blueprint import Blueprint
-from upcycle.blueprints.cost import Plan, flops_per_token, plan_of
+from upcycle.blueprints.cost import Plan, plan_of
 from upcycle.conversion.plain import code, plain
 from upcycle.conversion.provenance import published
 from upcycle.targets import Target, dense_snippet
@@ -41,18 +41,17 @@ def _made_from(built: Blueprint) -> str:
     return f"checkpoints {', '.join(rest)} and {last}" if rest else f"checkpoint {last}"
 
 
-def _counts(built: Blueprint, plan: Plan) -> str:
+def _counts(plan: Plan) -> str:
     """Return parameters and FLOPs of the source, of the narrower dense model (if any), and of the result."""
     heads = [plan.source_kind, plan.kind]
     parameters = [plan.dense_parameters, plan.total_parameters]
     active = [plan.dense_active_parameters, plan.active_parameters]
     flops = [plan.dense_flops_per_token, plan.flops_per_token]
-    whole = built.dense.whole
-    if whole is not built.dense and built.sites:
-        heads = ["dense", "dense, narrower", plan.kind]
-        for counts in (parameters, active):
-            counts.insert(0, sum(t.size for t in whole.tensors.values()))
-        flops.insert(0, flops_per_token(whole))
+    if (source := plan.predecessor) is not None:
+        heads.insert(1, f"{plan.source_kind}, narrower")
+        parameters.insert(0, source["parameters"])
+        active.insert(0, source["active_parameters"])
+        flops.insert(0, source["flops_per_token"])
     rows = [
         ["", *heads],
         ["---"] * (len(heads) + 1),
@@ -102,7 +101,7 @@ A `{plan.target}` made from the {plan.source_kind} `{plan.family}` {_made_from(b
 `upcycle` {upcycle.__version__}, {built.target.origin(built.recipe)}.
 {_state(built)}
 
-{_counts(built, plan)}
+{_counts(plan)}
 
 It is {plain(plan.made)}.
 

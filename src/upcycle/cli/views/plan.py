@@ -14,10 +14,19 @@ if TYPE_CHECKING:
 
 def show_plan(plan: Plan) -> None:
     """Show the plan as a table."""
-    table = grid(f"{plan.family} -> {plan.target}", "", plan.source_kind, plan.kind)
-    table.add_row("parameters", count(plan.dense_parameters), count(plan.total_parameters))
-    table.add_row("active per token", count(plan.dense_active_parameters), count(plan.active_parameters))
-    table.add_row("FLOPs per token (forward)", count(plan.dense_flops_per_token), count(plan.flops_per_token))
+    rows = {
+        "parameters": [plan.dense_parameters, plan.total_parameters],
+        "active per token": [plan.dense_active_parameters, plan.active_parameters],
+        "FLOPs per token (forward)": [plan.dense_flops_per_token, plan.flops_per_token],
+    }
+    heads = [plan.source_kind, plan.kind]
+    if plan.predecessor is not None:
+        heads.insert(1, f"{plan.source_kind}, narrower")
+        for row, number in zip(rows.values(), plan.predecessor.values(), strict=True):
+            row.insert(0, number)
+    table = grid(f"{plan.family} -> {plan.target}", "", *heads)
+    for name, row in rows.items():
+        table.add_row(name, *map(count, row))
     out.print(table)
     out.print(plan.made)
     out.print(f"writes {size(plan.output_bytes)} with at most {size(plan.peak_memory_bytes)} of memory")
