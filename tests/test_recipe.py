@@ -300,8 +300,31 @@ def test_the_experts_of_a_base_can_be_taken_away(tmp_path):
     (tmp_path / "dense.toml").write_text('base = "base.toml"\nmoe = false\ninit.name = "copy"\n')
     with pytest.raises(UpcycleError, match="init is for a Mixture of Experts"):
         Run.load(tmp_path / "dense.toml")
+    (tmp_path / "grown.toml").write_text('base = "base.toml"\nmoe = false\ngrow.factor = 2\n')
+    grown = Run.load(tmp_path / "grown.toml").recipe
+    assert grown is not None
+    assert grown.grow is not None
+    assert grown.init.name == "copy"
     with pytest.raises(UpcycleError, match="a recipe is of experts"):
         Recipe.of({"moe": False})
+
+
+@pytest.mark.parametrize("place", ["router", "decoder.router"])
+def test_a_key_can_be_set_below_a_name(place):
+    """`init = "normal"` is short for a table with that name."""
+    key, wanted = f"{place}.init", {"name": "prompts", "statistics": "a.safetensors"}
+    given = [f"{key}.statistics=a.safetensors", f"{key}.name=prompts"]
+    *sections, last = key.split(".")
+    for given_so in (given, given[:0:-1] + given[:1], [f"{key}=prompts", given[0]]):
+        table: dict = {last: "normal"}
+        for section in reversed(sections):
+            table = {section: table}
+        found = override(table, given_so)
+        for section in sections:
+            found = found[section]
+        assert found[last] == wanted
+    with pytest.raises(UpcycleError, match="source is a single value, not a section"):
+        override({"source": "a"}, ["source.name=b"])
 
 
 @pytest.mark.parametrize(

@@ -301,6 +301,7 @@ def _layout() -> FileLayout:
     of_stacks = [place for stack in STACKS for place in families(Part, stack)]
     return FileLayout(
         named={**families(Recipe), **dict.fromkeys(of_stacks, Router)},
+        short=[f"{place}.init" for place in ("router", *of_stacks)],
         shared={"router": Balance, **dict.fromkeys(of_stacks, Balance)},
         follows=dict.fromkeys(of_stacks, "router"),
         off={"moe": without_experts},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ class FileLayout:
     """The facts that are needed to merge one file over another. Places are dotted: `decoder.router`."""
 
     named: Mapping[str, type[Named]] = field(default_factory=dict)  # families of tables, by place
+    short: Collection[str] = ()  # tables that their name alone may stand for, by place
     shared: Mapping[str, type] = field(default_factory=dict)  # other types that read keys of a table
     follows: Mapping[str, str] = field(default_factory=dict)  # the place whose name a nameless table has
     off: Mapping[str, Without] = field(default_factory=dict)  # what `KEY = false` does to the whole file
@@ -91,12 +92,14 @@ def override(table: Mapping[str, Any], settings: Iterable[str], layout: FileLayo
             value = text.strip()
         if value is False and dotted.strip() in layout.off:
             out = layout.off[dotted.strip()](out)
-        target = out
+        target, place = out, ""
         for section in sections:
+            place = f"{place}.{section}" if place else section
+            if place in layout.short and isinstance(target.get(section), str):
+                target[section] = {"name": target[section]}
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
                 raise UpcycleError(f"--set {cut(setting)}: {section} is a single value, not a section")
-        place = ".".join(sections)
         if last == "name" and place in layout.named and layout.name_at(out, place) != value:
             layout.rename(target, place)
         target[last] = value

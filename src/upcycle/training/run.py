@@ -192,12 +192,12 @@ class Run(Settings):
                 f"{shown(given)} is no run; give a Run, a table as a run file has it, or the path of one"
             )
         table = schedules.today(optimizers.today(given))
-        if itself := table.get("moe") is False:
+        if table.get("moe") is False:
             del table["moe"]
         of_experts = {k: table.pop(k) for k in recipes.OF_EXPERTS if k in table}
         table["router"], router = parted(table_at(table.get("router", {}), "router"), Balance)
         recipe = None
-        if "moe" in of_experts or ("grow" in of_experts and not itself):
+        if "moe" in of_experts or "grow" in of_experts:
             shared = {key: table[key] for key in recipes.OF_ANY_RUN if key in table}
             recipe = Recipe.of({**of_experts, **shared}, router=router)
         elif stray := [*of_experts, *(f"router.{key}" for key in router)]:
