@@ -249,9 +249,11 @@ def test_a_run_is_what_transformers_and_torch_compute(kind, table, source, tmp_p
 
 
 def test_metrics_say_what_happened(table, tmp_path):
-    run = Run.of(table(**MOE, log={"peak_flops": 1e12}))
+    run = Run.of(table(**MOE, log={"peak_flops": 1e9}))
     result = train(run)
     records = read(tmp_path / "run")
+    begun, length = start.start_of(run), run.train.sequence_length
+    scores = sum(stack.count * stack.attention for stack in begun.dense.stacks) * 2 * length**2
     assert [r.step for r in records] == [1, 2, 3, 4, 5, 6]
     assert [(r.held_out_loss is not None) for r in records] == [False, False, True, False, False, True]
     assert result.held_out_loss == records[-1].held_out_loss
@@ -261,7 +263,12 @@ def test_metrics_say_what_happened(table, tmp_path):
         assert 0 < r.peak_memory <= memory.peak()
         assert r.lr == run.schedule.at(r.step - 1, 6)
         assert r.tokens_per_s == pytest.approx(512 / r.seconds, rel=1e-3)
-        assert r.mfu == pytest.approx(r.tokens_per_s * about["training_flops_per_token"] / 1e12, abs=1e-5)
+        flops = about["training_flops_per_row"] * r.tokens_per_s / length
+        assert r.active_flops_per_s == pytest.approx(flops, rel=1e-3)
+        # MFU counts the other half of the scores, too, as forecasts do.
+        assert r.mfu == pytest.approx(
+            (flops + 3 * scores * r.tokens_per_s / length) / 1e9, abs=2e-5, rel=1e-3
+        )
         assert [layer.layer for layer in r.layers] == [0, 1, 2, 3, 4]
         for layer in r.layers:
             assert sum(layer.load) == pytest.approx(1.0, abs=1e-4)

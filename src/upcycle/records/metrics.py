@@ -47,7 +47,7 @@ class StepMetrics(Document):
     seconds: float | None = None
     tokens_per_s: float | None = None
     active_flops_per_s: float | None = None
-    mfu: float | None = None  # model FLOPs utilisation, 0 to 1, if the peak of the device is known
+    mfu: float | None = None  # model FLOPs utilisation, 0 to 1, all scores; if the device's peak is known
     peak_memory: int | None = None  # bytes
     skipped: str | None = sometimes()  # why the weights were not updated: it stands out, or is not finite
     scores: Mapping[str, float] | None = sometimes()  # of tasks, by task and metric

@@ -20,13 +20,23 @@ from upcycle.training.start import Start
 WHOLE = 3.0  # forward passes of a step that trains everything
 
 
-def flops_per_row(start: Start, anatomy: Anatomy | None, leg: Leg, lengths: Mapping[str, int]) -> int:
-    """Return the FLOPs of training on a row in a stage. `anatomy` is None if no stage freezes anything."""
-    train = leg.run.train
-    if anatomy is None or (train.only is None and train.freeze is None):
-        return start.training_flops_per_row(lengths)
-    chosen = anatomy.chosen(train.only, train.freeze)
-    return start.training_flops_per_row(lengths, passes(anatomy, chosen, lengths, start))
+def flops_per_row(
+    start: Start,
+    anatomy: Anatomy | None,
+    leg: Leg,
+    lengths: Mapping[str, int],
+    *,
+    all_scores: bool = False,
+) -> int:
+    """Return the FLOPs of training on a row in a stage. `anatomy` is None if no stage freezes anything.
+
+    `all_scores` counts both halves of causal attention, as published MFU does.
+    """
+    train, whole = leg.run.train, WHOLE
+    if anatomy is not None and not (train.only is None and train.freeze is None):
+        chosen = anatomy.chosen(train.only, train.freeze)
+        whole = passes(anatomy, chosen, lengths, start, all_scores=all_scores)
+    return start.training_flops_per_row(lengths, whole, all_scores=all_scores)
 
 
 def stage_costs(
@@ -45,7 +55,14 @@ def mean(costs: Sequence[StageCost], course: Course) -> int:
     return total // sum(leg.steps for leg in course.legs)
 
 
-def passes(anatomy: Anatomy, chosen: Members, lengths: Mapping[str, int], start: Start) -> float:
+def passes(
+    anatomy: Anatomy,
+    chosen: Members,
+    lengths: Mapping[str, int],
+    start: Start,
+    *,
+    all_scores: bool = False,
+) -> float:
     """Return the forward passes that a step costs which trains `chosen`; `WHOLE` if that is everything.
 
     Matrices count by their weights times the tokens of a row that meet them, and attention scores with what
@@ -54,7 +71,7 @@ def passes(anatomy: Anatomy, chosen: Members, lengths: Mapping[str, int], start:
     """
     depths, met = _depths(anatomy), _met(anatomy, lengths, start)
     whole = sum(met.values())
-    forward = cost.flops_per_row(start.dense, start.built, lengths)
+    forward = cost.flops_per_row(start.dense, start.built, lengths, all_scores=all_scores)
     matrices = min(1.0, 2 * whole / forward)  # the rest is attention scores
     first = min(depths[name] for name in chosen)
     first += sum(depths[name] == first for name in chosen) == 1 and first > 0

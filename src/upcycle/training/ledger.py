@@ -24,24 +24,31 @@ from upcycle.training.trainee import Trainee
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """Throughput of training: tokens and active FLOPs per second, MFU, and peak memory."""
+    """Throughput of training: tokens and active FLOPs per second, MFU, and peak memory.
+
+    MFU counts all attention scores, as that of papers and forecasts does.
+    """
 
     flops: int  # FLOPs of training on one row
+    all_scores: int  # the same with both halves of the scores of causal attention
     tokens: int  # number of tokens in a row
     peak: float | None  # FLOP/s of one device
     ranks: Ranks
 
     def over(self, record: StepMetrics, rows: int, seconds: float) -> StepMetrics:
         """Return the record of a step with its rates."""
-        speed = rows * self.flops / seconds
         return replace(
             record,
             seconds=round(seconds, 6),
             tokens_per_s=round(rows * self.tokens / seconds, 1),
-            active_flops_per_s=round(speed),
-            mfu=None if self.peak is None else round(speed / (self.peak * self.ranks.world), 5),
+            active_flops_per_s=round(rows * self.flops / seconds),
+            mfu=None if self.peak is None else self._utilisation(rows / seconds),
             peak_memory=self._memory(),
         )
+
+    def _utilisation(self, rows_per_s: float) -> float:
+        assert self.peak is not None
+        return round(rows_per_s * self.all_scores / (self.peak * self.ranks.world), 5)
 
     def _memory(self) -> int:
         """Return the peak memory in bytes of this rank's accelerator, or of its process on a CPU."""
@@ -75,10 +82,9 @@ class Ledger:
     _queue: deque[tuple[Queued, float, str | None]] = field(default_factory=deque)
     _clock: float = field(default_factory=time.perf_counter)
 
-    def enter(self, flops: int) -> None:
-        """Go to another stage, whose rows cost `flops` each, and measure its pace anew."""
-        self.rate = replace(self.rate, flops=flops)
-        self._pace = None
+    def enter(self, rate: Rate) -> None:
+        """Go to another stage, and measure its pace anew."""
+        self.rate, self._pace = rate, None
 
     def begin(self) -> None:
         """Start the clock of the next step now, unless another step is still on its way."""

@@ -98,13 +98,17 @@ class Start:
         own = self.built.checkpoints if self.built else [self.dense.checkpoint]
         return own if self.teacher is None else [*own, self.teacher.checkpoint]
 
-    def training_flops_per_row(self, lengths: Mapping[str, int], passes: float = 3) -> int:
+    def training_flops_per_row(
+        self, lengths: Mapping[str, int], passes: float = 3, *, all_scores: bool = False
+    ) -> int:
         """Return the FLOPs of training on a row with `lengths` tokens per stack: three forward passes.
 
-        They are fewer if a part is not trained (`effort.py`). A teacher adds one of its own.
+        They are fewer if a part is not trained (`effort.py`). A teacher adds one of its own. `all_scores`
+        counts both halves of causal attention, as `flops_per_row` says.
         """
-        taught = 0 if self.teacher is None else flops_per_row(self.teacher, None, lengths)
-        return round(passes * flops_per_row(self.dense, self.built, lengths)) + taught
+        teacher = self.teacher
+        taught = 0 if teacher is None else flops_per_row(teacher, None, lengths, all_scores=all_scores)
+        return round(passes * flops_per_row(self.dense, self.built, lengths, all_scores=all_scores)) + taught
 
     def training_flops(self, length: int) -> int:
         """Return the same for one token of a row of `length`, for a model of text with one length."""

@@ -75,18 +75,20 @@ class Stepping:
         self._leg = self._course.after(self.state.step)
         self._numbers: dict[int, int] = {}  # of the batches of the steps that are queued
         self._returns: Counter[int] = Counter()  # to each checkpoint
-        lengths, here = self.trainee.lengths, self.trainee.ranks
-        rate = Rate(
-            flops=self._flops(),
-            tokens=sum(lengths.values()),
-            peak=metrics.peak_flops(self._run.log, here.device),
-            ranks=here,
-        )
-        self._book = Ledger(trainee=self.trainee, rate=rate, log=log, start=None, lag=ledger.lag(here.device))
+        lag = ledger.lag(self.trainee.ranks.device)
+        self._book = Ledger(trainee=self.trainee, rate=self._rate(), log=log, start=None, lag=lag)
 
-    def _flops(self) -> int:
-        """Return the FLOPs of training on a row in the stage."""
-        return effort.flops_per_row(self.trainee.start, self._anatomy, self._leg, self.trainee.lengths)
+    def _rate(self) -> Rate:
+        """Return what throughput is worked out from in the stage."""
+        trainee, lengths = self.trainee, self.trainee.lengths
+        counted = (trainee.start, self._anatomy, self._leg, lengths)
+        return Rate(
+            flops=effort.flops_per_row(*counted),
+            all_scores=effort.flops_per_row(*counted, all_scores=True),
+            tokens=sum(lengths.values()),
+            peak=metrics.peak_flops(self._run.log, trainee.ranks.device),
+            ranks=trainee.ranks,
+        )
 
     def begin(self) -> None:
         """Say what is trained, and score a model that has not been trained yet."""
@@ -131,7 +133,7 @@ class Stepping:
         changed, self._leg = leg != self._leg, leg
         self._rows.enter(leg)
         if changed:
-            self._book.enter(self._flops())
+            self._book.enter(self._rate())
 
     def _due(self) -> Due:
         """Return what follows the next step."""
