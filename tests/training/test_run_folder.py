@@ -411,6 +411,18 @@ def test_export_on_a_full_disk(table: Table, tmp_path: Path, monkeypatch: pytest
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_source_that_was_moved_is_asked_for(table: Table, tmp_path: Path) -> None:
+    source = Path(Run.of(table()).source)
+    here, moved = tmp_path / "dense", tmp_path / "moved"
+    shutil.copytree(source, here)
+    train(Run.of(table(source=str(here))))
+    here.rename(moved)
+    with pytest.raises(UpcycleError, match=r"run began from .*dense, which is not there any more; .* a link"):
+        export(tmp_path / "run", tmp_path / "out")
+    here.symlink_to(moved)
+    export(tmp_path / "run", tmp_path / "out")
+
+
 def test_the_card_says_how_to_load(table: Table, tmp_path: Path) -> None:
     begun(table, **MOE)
     export(tmp_path / "run", tmp_path / "out")

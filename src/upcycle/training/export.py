@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from upcycle.blueprints import stored_types
+from upcycle.checkpoints import hub
 from upcycle.checkpoints.dtypes import BY_TORCH_NAME
 from upcycle.conversion.provenance import Hashes
 from upcycle.errors import UpcycleError, listed
@@ -135,6 +136,11 @@ def _origin(record: RunRecord, run_folder: Path, written: Sequence[Path], *, wit
             f"has no moments, as it is set, that a later run could take; leave them out"
         )
     source = begun_in.found(run.source, record.begun_in)
+    if not hub.is_id(source) and not Path(source).is_dir():
+        raise UpcycleError(
+            f"{run_folder} began from {source}, which is not there any more; an export reads it, so put it "
+            f"back, or a link to it"
+        )
     alone = replace(run, source=source, teacher=None)  # a teacher may be gone
     begun = start_of(alone, begun_in.opener(record.begun_in))
     for opened in begun.checkpoints:
