@@ -218,6 +218,7 @@ MEASURED = (
     Measured(CODE, 160, "shuffle_slice", -0.0865, 0.0025, 0.06, 0.11),
     Measured(CODE, 160, "copy", -0.0422, 0.0026, 0.02, 0.11),
     Measured(CODE, 160, "drop_0.5", -0.0552, 0.0034, 0.09, 0.13),
+    Measured(CODE, 320, "shuffle_slice", -0.1044, 0.0019, 0.04, 0.07),
     Measured(VISION, 70, "expert_choice_1", +0.0072, 0.0026, 0.30, None),
     Measured(VISION, 70, "expert_choice_2", +0.0028, 0.0026, 0.28, None),
     Measured(VISION, 70, "virtual_group", -0.0074, 0.0026, 0.02, 0.30),
