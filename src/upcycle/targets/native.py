@@ -93,8 +93,10 @@ class Native(WithExperts):
     def admit(self, dense: Dense, recipe: Recipe) -> None:
         """Raise `UpcycleError` if the architecture does not fit.
 
-        It must compute the same function as the dense model and be able to route as the recipe asks.
+        It must compute the same function as the dense model and be able to route as the recipe asks. A router
+        that no decoder can have is refused first, because moe.target = upcycled does not take it either.
         """
+        _moe_layer.refuse_look_ahead(dense, recipe)
         family, name = dense.family, self.model_type
         if reason := family.refusal(dense.config, name):
             raise UpcycleError(
