@@ -845,7 +845,9 @@ def test_a_mean_of_checkpoints(table, tmp_path):
     told = json.loads((tmp_path / "ema" / "upcycle.json").read_text())["training"][0]
     assert (told["averaged_steps"], told["average_decay"], told["step"]) == ([2, 4, 6], 0.8, 6)
     assert not {"loss", "held_out_loss", "held_out_accuracy"} & told.keys()
-    assert "average (0.8) of those after steps 2, 4, 6" in (tmp_path / "ema" / "README.md").read_text()
+    card = (tmp_path / "ema" / "README.md").read_text()
+    assert "average (0.8) of those after steps 2, 4, 6. Nobody has measured their loss yet" in card
+    assert "|" not in card
     for given, message in (
         ({"average": 4}, r"average = 4, and .* has 3 checkpoints to take \(step-2, step-4, step-6\)"),
         ({"average": 1}, "give a number from 2"),
