@@ -93,10 +93,8 @@ class Native(WithExperts):
     def admit(self, dense: Dense, recipe: Recipe) -> None:
         """Raise `UpcycleError` if the architecture does not fit.
 
-        It must compute the same function as the dense model and be able to route as the recipe asks. A router
-        that no decoder can have is refused first, because moe.target = upcycled does not take it either.
+        It must compute the same function as the dense model and be able to route as the recipe asks.
         """
-        _moe_layer.refuse_look_ahead(dense, recipe)
         family, name = dense.family, self.model_type
         if reason := family.refusal(dense.config, name):
             raise UpcycleError(
@@ -365,7 +363,11 @@ target = Native
 
 
 def of(dense: Dense, recipe: Recipe) -> Native:
-    """Return the architecture that `moe.target` names; `native` is the first that fits the config."""
+    """Return the architecture that `moe.target` names; `native` is the first that fits the config.
+
+    A router that no decoder can have is refused first, because moe.target = upcycled does not take it either.
+    """
+    _moe_layer.refuse_look_ahead(dense, recipe)
     family, asked = dense.family, recipe.moe.target
     if not family.natives:
         raise UpcycleError(
