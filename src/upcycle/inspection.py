@@ -81,13 +81,10 @@ def _layers_with_experts(
             _refuse_odd_shapes(part)
         for name, each in dense.items():
             _refuse_other_depth(each, [part for part in parts if part.part == name])
-        first = next(iter(dense.values()), None)
-        if made is not None and first and first.family.model_type != made.source.model_type:
-            notes.append(f"compared with a {first.family.model_type}, which is not what it was made from")
         layers = [_row(part, dense.get(part.part), notes) for part in parts]
         notes += _not_finite(parts, layers)
         notes += _of_routers(parts, layers, opened.config)
-        if made is not None and first is not None and made.training:
+        if made is not None and made.training and (first := next(iter(dense.values()), None)):
             _add_start(layers, target, opened, made, first, notes)
         return layers
     except KeyError as error:
@@ -187,7 +184,9 @@ def _dense_source(
 ) -> dict[str, Dense]:
     """Return the dense model that the experts of each part in `folder` are compared with, if it is found."""
     if source is not None:
-        return _admitted(str(source), parts, drop, made, notes)
+        found = _admitted(str(source), parts, drop, made, notes)
+        notes += _not_its_source(source, found, made)
+        return found
     if made is None:
         notes.append("no provenance: name the dense checkpoint with --source to compare experts with it")
         return {}
@@ -203,9 +202,21 @@ def _dense_source(
     except UpcycleError as error:
         notes.append(f"its source cannot be compared with: {error}")
         return {}
-    if any(_differs(dense.checkpoint, made.source.sha256) for dense in list(found.values())[:1]):
-        notes.append(f"compared with {recorded}, whose files are not those that it was made from")
+    notes += _not_its_source(recorded, found, made)
     return found
+
+
+def _not_its_source(place: str | Path, found: Mapping[str, Dense], made: Provenance | None) -> list[str]:
+    """Return a note if the dense model in `place` is not among the checkpoints of the provenance."""
+    first = next(iter(found.values()))
+    if made is None:
+        return []
+    if first.family.model_type != made.source.model_type:
+        return [f"compared with a {first.family.model_type}, which is not what it was made from"]
+    known = (made.source.sha256, *(donor.sha256 for donor in made.source.donors.values()))
+    if all(_differs(first.checkpoint, hashes) for hashes in known):
+        return [f"compared with {place}, whose files are not those that it was made from"]
+    return []
 
 
 def _admitted(

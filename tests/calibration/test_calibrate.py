@@ -525,7 +525,10 @@ def test_a_plain_model_is_known_by_what_it_was_always_known_by(tmp_path):
     ("asked", "said"),
     [
         (("neurons", "layers", 0, "co_activation"), "--collect l1,co_activation"),
-        (("heads", "layers", 0, "l1"), "--positions neurons,heads"),
+        (
+            ("heads", "layers", 0, "l1"),
+            "--positions neurons,heads, or without this option for all of neurons, channels, heads",
+        ),
         (("neurons", "layers", 4, "l1"), "no neurons of layer 4 of layers; it has 4 layers of layers"),
         (("neurons", "encoder", 0, "l1"), "no neurons of layer 0 of encoder"),
         (("neurones", "layers", 0, "l1"), "positions: neurons, channels, heads"),

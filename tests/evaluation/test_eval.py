@@ -23,7 +23,8 @@ from upcycle.evaluation.batch_size import BatchSize
 from upcycle.evaluation.comparison import compare
 from upcycle.evaluation.differences import Sums, difference
 from upcycle.evaluation.no_numbers import NoNumbersError
-from upcycle.evaluation.scores import ToScore, evaluate, score
+from upcycle.evaluation.results import Metric, Result
+from upcycle.evaluation.scores import Scored, ToScore, evaluate, score
 
 STORY = (
     "Once upon a time there was a café called “Zoë’s” 🙂.\nIt sold tea, naïve cakes and 日本 sweets.",
@@ -244,11 +245,26 @@ def test_other_tokenizers_are_compared_by_bits_per_byte_alone(trainable, byte_mo
     assert compared["differences"][0]["difference"] == pytest.approx(two - one)
     assert both[0].results[0].more["bytes"] == both[1].results[0].more["bytes"] == len(path.read_bytes())
     (note,) = compared["notes"]
-    assert "different tokenizers" in note
-    assert "bits per byte can" in note
+    what = "have different tokenizers: what counts by token (loss, perplexity, accuracy) cannot be compared"
+    assert note == f"{folder} and {byte_model} {what}; bits per byte can, and are"
     cut = compare([score(f, ToScore(text=path, limit=2)) for f in (folder, byte_model)])
     assert not cut["differences"]
-    assert any("under --limit" in note for note in cut["notes"])
+    note, why = cut["notes"]
+    assert note == f"{folder} and {byte_model} {what}; bits per byte can"
+    assert "under --limit" in why
+
+
+def test_what_has_no_bits_per_byte_promises_none(tmp_path):
+    """Scores on what T5 is trained for, with two tokenizers."""
+    losses = Sums(top=np.ones(3), bottom=np.ones(3), units="examples")
+    loss = Metric.of(losses, higher_is_better=False, per_token=True)
+    result = Result(kind="text", name="a.txt", data={}, metrics={"loss": loss}, units=(3,))
+    both = [
+        Scored(checkpoint=name, folder=tmp_path, architecture="T5", results=(result,), tokenizer=name)
+        for name in "ab"
+    ]
+    said = "a and b have different tokenizers: what counts by token (loss) cannot be compared"
+    assert compare(both) == {"differences": [], "notes": [said]}
 
 
 def test_images_are_paired(tmp_path):

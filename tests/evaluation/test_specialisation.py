@@ -261,6 +261,24 @@ def test_similarity_when_training_began(trainable, tmp_path, capsys):
     ]
 
 
+def test_a_source_by_name_is_compared_with_the_provenance(tmp_path):
+    """The same files say nothing, wherever they lie, nor do those of a donor; other weights are a note."""
+    sources = [tiny.make_dense(tmp_path / name, "llama", seed=seed) for seed, name in enumerate("abc")]
+    convert(sources[0], tmp_path / "moe", Recipe.of(moe={"num_experts": 2}))
+    donors = {"name": "branch_train_mix", "sources": [str(sources[1])]}
+    convert(sources[0], tmp_path / "mixed", Recipe.of(moe={"num_experts": 2}, init=donors))
+    copy = shutil.copytree(sources[0], tmp_path / "copy")
+    said = f"compared with {sources[2]}, whose files are not those that it was made from"
+    for made, source, notes in (
+        ("moe", sources[0], []),
+        ("moe", copy, []),
+        ("moe", sources[2], [said]),
+        ("mixed", sources[1], []),
+        ("mixed", sources[2], [said]),
+    ):
+        assert inspect(tmp_path / made, source)["notes"] == notes
+
+
 @pytest.mark.parametrize(
     ("settings", "stack", "grid"),
     [

@@ -671,7 +671,19 @@ def test_a_decoder_does_not_read_the_future(case, made):
     ],
 )
 def test_routers_that_look_ahead_are_refused(router, why, made, tmp_path):
-    """In every decoder, with the reason; under [router] alone a T5's decoder has it too."""
+    """In every decoder, with the reason; under [router] alone a T5's decoder has it too.
+
+    The usual target says the same, and not that moe.target = upcycled could have it.
+    """
+    for case, target in (
+        ("llama", "native"),
+        ("llama", "mixtral"),
+        ("qwen2", "native"),
+        ("t5", "native"),
+        ("llama", "upcycled"),
+    ):
+        with pytest.raises(UpcycleError, match=rf"cannot stand in (a|the) decoder: .*{why}"):
+            blueprint(made(case), Recipe.of(moe=MOE | {"target": target}, router=router))
     recipe = Recipe.of(moe=MOE, router=router)
     for case in ("llama", "qwen2", "t5", "mt5"):
         with pytest.raises(UpcycleError, match=why) as error:

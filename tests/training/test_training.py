@@ -852,16 +852,24 @@ def test_a_mean_of_checkpoints(table, tmp_path):
     told = json.loads((tmp_path / "ema" / "upcycle.json").read_text())["training"][0]
     assert (told["averaged_steps"], told["average_decay"], told["step"]) == ([2, 4, 6], 0.8, 6)
     assert not {"loss", "held_out_loss", "held_out_accuracy"} & told.keys()
-    assert "average (0.8) of those after steps 2, 4, 6" in (tmp_path / "ema" / "README.md").read_text()
+    card = (tmp_path / "ema" / "README.md").read_text()
+    assert "average (0.8) of those after steps 2, 4, 6. Nobody has measured their loss yet" in card
+    assert "|" not in card
+    alone = "which leaves nothing to average; .* needs a higher checkpoint.keep"
     for given, message in (
         ({"average": 4}, r"average = 4, and .* has 3 checkpoints to take \(step-2, step-4, step-6\)"),
         ({"average": 1}, "give a number from 2"),
+        ({"average": 2, "step": 2}, rf"has one checkpoint \(step-2\) up to step 2, {alone}"),
         ({"decay": 0.5}, "decay is for a mean of checkpoints"),
         ({"average": 2, "decay": 1.0}, r"decay = 1\.0; it must be between 0 and 1"),
         ({"average": 2, "with_optimizer": True}, "a mean of checkpoints has no optimizer's moments"),
     ):
         with pytest.raises(UpcycleError, match=message):
             export(tmp_path / "run", tmp_path / "no", **given)
+    for name in ("step-2", "step-4"):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / name)
+    with pytest.raises(UpcycleError, match=rf"has one checkpoint \(step-6\), {alone}"):
+        export(tmp_path / "run", tmp_path / "no", average=2)
     assert not (tmp_path / "no").exists()
 
 

@@ -104,9 +104,10 @@ def test_inspection(trainable, beside, tmp_path):
         upcycle.inspect(beside, drop=["d2t"])
     assert len(upcycle.inspect(beside, drop=DROP).blocks) == 5
     upcycle.convert(beside, tmp_path / "moe", Recipe.of(moe={"num_experts": 2}, drop=DROP))
-    for source in (None, beside, trainable[0]):
+    other = f"compared with {trainable[0]}, whose files are not those that it was made from"
+    for source, notes in ((None, ()), (beside, ()), (trainable[0], (other,))):
         found = upcycle.inspect(tmp_path / "moe", source)
-        assert found.notes == ()
+        assert found.notes == notes
         assert found.blocks[0].to_dense == pytest.approx((1, 1))
     (tmp_path / "moe" / "upcycle.json").unlink()
     assert upcycle.inspect(tmp_path / "moe", beside, drop=DROP).blocks[0].to_dense == pytest.approx((1, 1))

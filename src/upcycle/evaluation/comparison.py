@@ -9,6 +9,8 @@ from upcycle.evaluation.differences import difference
 from upcycle.evaluation.results import Metric, Result
 from upcycle.evaluation.scores import Scored
 
+BITS = "bits_per_byte"
+
 
 def compare(scored: Sequence[Scored]) -> dict[str, Any]:
     """Compare the other checkpoints with the first, metric by metric, and return JSON.
@@ -16,36 +18,60 @@ def compare(scored: Sequence[Scored]) -> dict[str, Any]:
     `difference` is the value of the other checkpoint minus that of the first, with the standard error over
     their common units. Metrics per token are left out if the tokenizers differ, and `notes` says so.
     """
-    differences, notes = [], []
-    first = scored[0]
+    differences: list[dict[str, Any]] = []
+    notes: list[str] = []
     for other in scored[1:]:
-        alike = first.tokenizer == other.tokenizer
-        if not alike and any(m.per_token for r in first.results for m in r.metrics.values()):
-            notes.append(
-                f"{first.checkpoint} and {other.checkpoint} have different tokenizers: loss, perplexity and "
-                f"accuracy count by token and cannot be compared; bits per byte can, and are"
-            )
-        theirs = {(result.kind, result.name): result for result in other.results}
-        for result in first.results:
-            match = theirs.get((result.kind, result.name))
-            if match is None:
-                continue
-            if result.units != match.units:
-                notes.append(_why_not(result, alike=alike))
-                continue
-            for name, one, two in _paired(result, match, alike=alike):
-                differences.append(
-                    {
-                        "checkpoint": other.checkpoint,
-                        "against": first.checkpoint,
-                        "kind": result.kind,
-                        "name": result.name,
-                        "metric": name,
-                        **_difference(one, two),
-                        **{key: result.more[key] for key in ("part_of",) if key in result.more},
-                    }
-                )
+        rows, reasons = _against(scored[0], other)
+        if note := _of_tokenizers(scored[0], other, rows):
+            notes.append(note)
+        differences += rows
+        notes += reasons
     return {"differences": differences, "notes": notes}
+
+
+def _matched(first: Scored, other: Scored) -> Iterator[tuple[Result, Result]]:
+    """Yield the results of both checkpoints on the same task or data set."""
+    theirs = {(result.kind, result.name): result for result in other.results}
+    for result in first.results:
+        if (match := theirs.get((result.kind, result.name))) is not None:
+            yield result, match
+
+
+def _against(first: Scored, other: Scored) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the differences of a checkpoint from the first, and why results are not compared."""
+    rows, reasons, alike = [], [], first.tokenizer == other.tokenizer
+    for result, match in _matched(first, other):
+        if result.units != match.units:
+            reasons.append(_why_not(result, alike=alike))
+            continue
+        for name, one, two in _paired(result, match, alike=alike):
+            rows.append(
+                {
+                    "checkpoint": other.checkpoint,
+                    "against": first.checkpoint,
+                    "kind": result.kind,
+                    "name": result.name,
+                    "metric": name,
+                    **_difference(one, two),
+                    **{key: result.more[key] for key in ("part_of",) if key in result.more},
+                }
+            )
+    return rows, reasons
+
+
+def _of_tokenizers(first: Scored, other: Scored, rows: Sequence[dict[str, Any]]) -> str | None:
+    """Return a note if metrics count by token and the tokenizers differ; `rows` are the differences."""
+    by_token = {n: None for r in first.results for n, metric in r.metrics.items() if metric.per_token}
+    if first.tokenizer == other.tokenizer or not by_token:
+        return None
+    both = sum(BITS in r.metrics and BITS in match.metrics for r, match in _matched(first, other))
+    instead = "; bits per byte can" if both else ""
+    if both and sum(row["metric"] == BITS for row in rows) == both:
+        instead += ", and are"
+    return (
+        f"{first.checkpoint} and {other.checkpoint} have different tokenizers: what counts by token "
+        f"({', '.join(by_token)}) cannot be compared{instead}"
+    )
 
 
 def _paired(result: Result, match: Result, *, alike: bool) -> Iterator[tuple[str, Metric, Metric]]:

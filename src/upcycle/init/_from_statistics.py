@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from upcycle.init import Init
 from upcycle.records.statistics import Statistics, unmeasured
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 class FromStatistics(Init):
     """An initialisation with a file of statistics, which must be those of its source."""
 
-    collect: ClassVar[str] = ""  # what `upcycle calibrate` has to collect, if it is not the usual
-
     statistics: str = ""  # the file written by `upcycle calibrate`
 
     def __post_init__(self) -> None:
@@ -25,6 +24,11 @@ class FromStatistics(Init):
         if not self.statistics:
             raise unmeasured(f"init {self.name} chooses by", "init.statistics", self.collect)
         self._make_absolute("statistics")
+
+    @property
+    @abc.abstractmethod
+    def collect(self) -> str:
+        """What `upcycle calibrate` has to collect: names of statistics with commas between them."""
 
     @property
     def measured(self) -> Statistics:

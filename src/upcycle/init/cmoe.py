@@ -35,9 +35,11 @@ class CMoE(FromStatistics):
     needs = "moe.granularity = moe.num_experts + moe.shared_experts, init.statistics = FILE"
     fine_grained = True
     chooses_shared = True
-    collect = "co_marker"
-
     statistics: str = ""  # the file of `upcycle calibrate --collect co_marker`
+
+    @property
+    def collect(self) -> str:
+        return "co_marker"
 
     def check(self, site: Site) -> None:
         super().check(site)

@@ -57,6 +57,10 @@ class CoActivation(Measured):
             object.__setattr__(self, "partition", "metis" if found else "spectral")
 
     @property
+    def collect(self) -> str:
+        return f"{self.statistic},co_activation"
+
+    @property
     def settings(self) -> list[object]:
         return [self.parts, self.partition, self.weighted]
 

@@ -27,6 +27,10 @@ class Measured(FromStatistics, Selecting):
 
     statistic: Literal["l2", "l1", "count", "gradient"] = "l2"  # the measure of importance
 
+    @property
+    def collect(self) -> str:
+        return self.statistic
+
     def choose(self, choice: Choice) -> Positions:
         kind, stack, layer = choice.kind, choice.stack, choice.layer
         for i in self._layers(choice):

@@ -138,7 +138,8 @@ class Statistics:
         if position not in positions and position in POSITIONS:
             raise UpcycleError(
                 f"{self.path} holds nothing of {position}, only of {', '.join(positions)}; calibrate with "
-                f"--positions {','.join([*positions, position])}"
+                f"--positions {','.join([*positions, position])}, or without this option for all of "
+                f"{', '.join(POSITIONS)}"
             )
         if not any(key[0] == position and key[3] == name for key in keys):
             raise UpcycleError(
@@ -221,15 +222,14 @@ def _sound_domains(given: Any, tensors: Mapping[str, TensorInfo]) -> bool:
     return named and all(type(n) is int and n >= 0 for n in counts) and rows <= {len(domains)}
 
 
-def unmeasured(who: str, key: str, collect: str = "") -> UpcycleError:
+def unmeasured(who: str, key: str, collect: str) -> UpcycleError:
     """Return the error for something that is made of statistics, which `key` has to name.
 
-    `who` is the beginning of the sentence; `collect` names statistics that are not the usual ones.
+    `who` is the beginning of the sentence; `collect` names the statistics, and further options if need be.
     """
-    option = f"--collect {collect} " if collect else ""
     return UpcycleError(
-        f"{who} activations: measure them with `upcycle calibrate SOURCE {option}--out FILE` and set "
-        f"{key} = FILE"
+        f"{who} activations: measure them with `upcycle calibrate SOURCE --collect {collect} --out FILE` "
+        f"and set {key} = FILE"
     )
 
 

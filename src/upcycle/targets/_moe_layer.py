@@ -117,6 +117,19 @@ def chosen_layers(recipe: Recipe, stack: Stack) -> list[int]:
     return [number for place, number in places.items() if place in layers]
 
 
+def refuse_look_ahead(dense: Dense, recipe: Recipe) -> None:
+    """Raise `UpcycleError` for a router that reads later tokens, in a causal stack that gets experts."""
+    for stack in dense.stacks:
+        part = recipe.at(stack.name)
+        if stack.causal and not part.router.causal and chosen_layers(part, stack):
+            one_of_two = stack.name != "layers"
+            where = f"the {stack.name}" if one_of_two else "a decoder"
+            under = f", under [{stack.name}.router]" if one_of_two else ""
+            raise UpcycleError(
+                f"router {part.router.name} cannot stand in {where}: {part.router.not_in_a_decoder}{under}"
+            )
+
+
 def _shared_width(recipe: Recipe, names: MoeNames, full: int, width: int) -> int:
     """Return the neurons of the shared expert, or 0 if there is none.
 

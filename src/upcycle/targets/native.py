@@ -363,7 +363,11 @@ target = Native
 
 
 def of(dense: Dense, recipe: Recipe) -> Native:
-    """Return the architecture that `moe.target` names; `native` is the first that fits the config."""
+    """Return the architecture that `moe.target` names; `native` is the first that fits the config.
+
+    A router that no decoder can have is refused first, because moe.target = upcycled does not take it either.
+    """
+    _moe_layer.refuse_look_ahead(dense, recipe)
     family, asked = dense.family, recipe.moe.target
     if not family.natives:
         raise UpcycleError(

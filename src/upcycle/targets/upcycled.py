@@ -52,6 +52,7 @@ class Upcycled(WithExperts):
 
     def admit(self, dense: Dense, recipe: Recipe) -> None:
         """Raise `UpcycleError` if the routers cannot be used in the stacks of the dense model."""
+        _moe_layer.refuse_look_ahead(dense, recipe)
         family, lengths = dense.family, dense.family.lengths(dense.config)
         for stack in dense.stacks:
             part = recipe.at(stack.name)
@@ -61,7 +62,6 @@ class Upcycled(WithExperts):
                     f"{part.router.name} sends tokens to experts of one width"
                 )
             if _moe_layer.chosen_layers(part, stack):
-                _refuse_look_ahead(stack, part)
                 _refuse_mixed(family.model_type, stack, part)
                 part.router.check(part.moe.num_experts, part.moe.top_k, lengths[stack.name])
             elif stack.name in recipe.parts and stack.total > stack.count:
@@ -291,16 +291,6 @@ def _router_tensors(recipe: Recipe, site: Site, norm: Mapping[str, Lazy], dtype:
         else:
             out[f"router.{name}"] = Fill(extra.shape, dtype, extra.value)
     return out
-
-
-def _refuse_look_ahead(stack: Stack, recipe: Recipe) -> None:
-    """Refuse a router that reads later tokens in a causal stack."""
-    if stack.causal and not recipe.router.causal:
-        where = "a decoder" if stack.name == "layers" else "the decoder"
-        why = recipe.router.not_in_a_decoder
-        raise UpcycleError(
-            f"router {recipe.router.name} cannot stand in {where}: {why} (in a T5, under [decoder.router])"
-        )
 
 
 def _refuse_mixed(model_type: str, stack: Stack, recipe: Recipe) -> None:

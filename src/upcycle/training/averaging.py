@@ -30,6 +30,12 @@ def chosen(run: Path, count: int, step: int | None) -> list[Path]:
     Raises `UpcycleError` if there are fewer.
     """
     there = [path for done, path in saving.checkpoints(run) if step is None or done <= step]
+    if len(there) == 1:
+        alone = f"one checkpoint ({there[0].name})" + ("" if step is None else f" up to step {step}")
+        raise UpcycleError(
+            f"average = {count}, and {run} has {alone}, which leaves nothing to average; a run that is to be "
+            f"averaged needs a higher checkpoint.keep, and checkpoint.every below its number of steps"
+        )
     if count < 2 or len(there) < count:
         names = ", ".join(path.name for path in there)
         raise UpcycleError(

@@ -71,7 +71,7 @@ def training_of(trained: Trained) -> Training:
 
 def card_of(trained: Trained) -> str:
     """Return a short model card; upcycle.json has the details."""
-    begun, record, state = trained.start, trained.record, trained.state
+    begun, state = trained.start, trained.state
     target = begun.built.target if begun.built else targets.opened(begun.config)
     moe = begun.built is not None and bool(begun.built.sites)
     kind = "dense model that continues"
@@ -80,16 +80,6 @@ def card_of(trained: Trained) -> str:
         kind += " made from"
     what = f"random weights of the shape of `{begun.dense.checkpoint.name}`"
     source = what if begun.from_scratch else f"`{begun.dense.checkpoint.name}`"
-    losses = "".join(
-        f"| {name} | {loss:.4f} |\n"
-        for name, loss in (("last training loss", state.loss), ("held-out loss", state.held_out_loss))
-        if loss is not None and not trained.averaged
-    )
-    mean = ""
-    if trained.averaged:
-        kind_of_mean = "mean" if trained.decay is None else f"exponential moving average ({trained.decay:g})"
-        steps = ", ".join(map(str, trained.averaged))
-        mean = f"\nThe weights are the {kind_of_mean} of those after steps {steps}.\n"
     return f"""---
 library_name: transformers
 tags: [{"mixture-of-experts, upcycled" if moe else "upcycle"}]
@@ -99,12 +89,28 @@ tags: [{"mixture-of-experts, upcycled" if moe else "upcycle"}]
 
 A `{begun.config["model_type"]}` {kind} {source}, trained with `upcycle train` for {state.step} steps of
 {trained.run.train.rows:,} rows. It has {begun.parameters:,} parameters, {begun.active_parameters:,} active.
-{mean}
-| | nats per {tasks.find(record.task).unit} |
-|---|---|
-{losses}
+{_measured(trained)}
 ## Load
 
 {card.how_to_load(target, begun.config, begun.architecture)}
 `upcycle.json` beside this file holds the recipe, the run file and the hashes of the source.
 """
+
+
+def _measured(trained: Trained) -> str:
+    """Return what the card says of the losses: those of the checkpoint, or that a mean has none yet."""
+    if trained.averaged:
+        mean = "mean" if trained.decay is None else f"exponential moving average ({trained.decay:g})"
+        steps = ", ".join(map(str, trained.averaged))
+        return (
+            f"\nThe weights are the {mean} of those after steps {steps}. Nobody has measured their loss yet; "
+            f"`upcycle eval` does.\n"
+        )
+    state = trained.state
+    losses = "".join(
+        f"| {name} | {loss:.4f} |\n"
+        for name, loss in (("last training loss", state.loss), ("held-out loss", state.held_out_loss))
+        if loss is not None
+    )
+    unit = tasks.find(trained.record.task).unit
+    return f"\n| | nats per {unit} |\n|---|---|\n{losses}" if losses else ""
