@@ -122,9 +122,8 @@ def refuse_look_ahead(dense: Dense, recipe: Recipe) -> None:
     for stack in dense.stacks:
         part = recipe.at(stack.name)
         if stack.causal and not part.router.causal and chosen_layers(part, stack):
-            one_of_two = stack.name != "layers"
-            where = f"the {stack.name}" if one_of_two else "a decoder"
-            under = f", under [{stack.name}.router]" if one_of_two else ""
+            where = {"layers": "a decoder", "decoder": "the decoder"}.get(stack.name, "a causal stack")
+            under = f", under [{stack.name}.router]" if stack.name == "decoder" else ""
             raise UpcycleError(
                 f"router {part.router.name} cannot stand in {where}: {part.router.not_in_a_decoder}{under}"
             )
