@@ -112,7 +112,7 @@ def _extra_compute() -> Study:
 
 
 def _llama3_meets_moe() -> Study:
-    """The recipe of Llama 3 Meets MoE at small scale, with the control of equal FLOPs that the paper leaves out.
+    """The recipe of Llama 3 Meets MoE at small scale, with the equal-FLOPs control that its paper lacks.
 
     Eight experts, top-2, with and without capacity, and with both orders of softmax and top-k, against dense
     continuation for equal tokens and for equal FLOPs. Without renormalisation nothing compensates for
