@@ -13,7 +13,7 @@ from upcycle.advice.gather import advise
 from upcycle.advice.situation import Budget, Situation
 from upcycle.blueprints.cost import plan_of
 from upcycle.blueprints.making import blueprint
-from upcycle.recipe import Recipe
+from upcycle.recipe import Recipe, override
 
 LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 4,
@@ -135,6 +135,20 @@ def test_upcycling_is_behind_for_as_long_as_is_said(comparison):
     lost = comparison.better == "dense continuation"
     until = "to the end" if lost else f"until {100 * comparison.behind:.0f} %"
     assert f"behind {until}" in comparison.found
+
+
+@pytest.mark.parametrize(("seen", "init"), [(10, "virtual_group"), (80, "shuffle_slice")])
+def test_narrower_experts_are_those_of_our_runs_where_these_paid(seen, init, tmp_path):
+    source = tiny.make_headers(tmp_path / "llama", LLAMA)
+    size = advise(source, None, Budget(tokens=10**6)).plan.dense_parameters
+    asked = Budget(tokens=round(0.18 * seen * size), dense_tokens=round(seen * size))
+    found = advise(source, None, asked).recommended
+    (keys,) = (reason for reason in found.reasons if reason.startswith("  --set"))
+    table = override(found.recipe.as_table(), keys.replace("--set", "").split())
+    assert table["init"] == {"name": init}
+    assert (table["moe"]["num_experts"], table["moe"]["granularity"]) == (16, 2)
+    better = any("better than whole ones" in reason for reason in found.reasons)
+    assert better == (advise(source, Recipe.of(table), asked).verdict.choice == "upcycling")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from upcycle.checkpoints.hub import peek
 from upcycle.errors import UpcycleError
 from upcycle.init import Init
 from upcycle.init.drop import Drop
-from upcycle.recipe import OF_THE_MODEL, Recipe
+from upcycle.recipe import OF_THE_MODEL, Recipe, RecipeLike
 
 # The settings of the published runs in which upcycling was better than dense continuation.
 PUBLISHED: Mapping[Kind, Mapping[str, Any]] = {
@@ -80,12 +80,7 @@ def recommended(situation: Situation, source: Checkpoint) -> Recommendation:
         reasons.append(f"{why[0].upper()}{why[1:]}, so this is the recipe that was asked about.")
     if differences:
         reasons.append(f"Changed from what was asked: {'; '.join(differences)}.")
-    if equal := _equal_flops(best, source):
-        ratio = best.plan.flops_per_token / best.plan.dense_flops_per_token
-        reasons.append(
-            f"A token takes {ratio:.2f} times the dense FLOPs. For equal FLOPs, with narrower experts, add"
-        )
-        reasons.append("  " + " ".join(f"--set {key}={value}" for key, value in equal.items()))
+    reasons += _equal_flops(best, source)
     return Recommendation(recipe=best.built.recipe, reasons=tuple(reasons))
 
 
@@ -128,30 +123,33 @@ def _initialised(situation: Situation, source: Checkpoint) -> Situation:
     return _with(situation, replace(situation.built.recipe, init=drop), source) or situation
 
 
-def _equal_flops(situation: Situation, source: Checkpoint) -> dict[str, Any]:
-    """Return the keys that make `top_k` narrower experts together as wide as the dense network.
+def _equal_flops(situation: Situation, source: Checkpoint) -> list[str]:
+    """Return how to make `top_k` narrower experts together as wide as the dense network.
 
-    These are the virtual groups of He et al. (arXiv 2410.07524). The result is empty if experts are narrow
-    already or the model cannot have them.
+    These are the virtual groups of He et al. (arXiv 2410.07524), or shuffled slices where our own runs cover
+    the input and found them ahead. The result is empty if experts are narrow already or the model cannot have
+    them.
     """
     recipe = situation.built.recipe
     moe, one_router = recipe.moe, not recipe.parts and recipe.successor is None
     plain = moe.granularity == 1 and not (moe.expert_width or moe.shared_experts or moe.universal_experts)
     if situation.kind != "decoder" or not (one_router and plain) or recipe.router.name != "top_k":
-        return {}
+        return []
     if moe.top_k == 1:
-        return {}  # one whole expert has the dense FLOPs already
-    narrow = {
-        "moe.num_experts": moe.num_experts * moe.top_k,
-        "moe.granularity": moe.top_k,
-        "init.name": "virtual_group",
-        "router.init": "grouped",
-    }
-    try:
-        blueprint(source, Recipe.of(_put(recipe, narrow)), opener=peek)
-    except UpcycleError:
-        return {}
-    return narrow
+        return []  # one whole expert has the dense FLOPs already
+    narrow = {"moe.num_experts": moe.num_experts * moe.top_k, "moe.granularity": moe.top_k}
+    slices = narrow | {"init.name": "shuffle_slice"}
+    groups = narrow | {"init.name": "virtual_group", "router.init": "grouped"}
+    why, keys = "", groups
+    if (other := _with(situation, _put(recipe, slices), source)) and verdict(other).choice == "upcycling":
+        why, keys = ", which upcycle's own runs found better than whole ones", slices
+    elif _with(situation, _put(recipe, groups), source) is None:
+        return []
+    ratio = situation.plan.flops_per_token / situation.plan.dense_flops_per_token
+    return [
+        f"A token takes {ratio:.2f} times the dense FLOPs. For equal FLOPs, with narrower experts{why}, add",
+        "  " + " ".join(f"--set {key}={value}" for key, value in keys.items()),
+    ]
 
 
 def _put(recipe: Recipe, keys: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,7 +161,7 @@ def _put(recipe: Recipe, keys: Mapping[str, Any]) -> dict[str, Any]:
     return table
 
 
-def _with(situation: Situation, recipe: Recipe, source: Checkpoint) -> Situation | None:
+def _with(situation: Situation, recipe: RecipeLike, source: Checkpoint) -> Situation | None:
     """Return the same question about another recipe; None if the source cannot have it."""
     try:
         return Situation(asked=situation.asked, built=blueprint(source, recipe, opener=peek))

@@ -158,10 +158,11 @@ class Situation:
 
     @property
     def trained(self) -> float | None:
-        """The number of tokens per parameter that the dense model has seen; None if that is not known."""
-        plan = self.plan
-        size = plan.dense_parameters if plan.predecessor is None else plan.predecessor["parameters"]
-        return self.asked.dense_tokens / size if self.asked.dense_tokens else None
+        """The tokens of the dense model's training per parameter; None if they are not known.
+
+        With a successor, these are the parameters of the narrower dense model, as if it had seen as many.
+        """
+        return self.asked.dense_tokens / self.plan.dense_parameters if self.asked.dense_tokens else None
 
     @property
     def grows(self) -> bool:
