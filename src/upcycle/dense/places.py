@@ -17,6 +17,7 @@ from upcycle.families._names import Names
 from upcycle.families._wrappers import TEXT, VISION, WRAPPERS, Wrapper, config_key
 from upcycle.nn.upcycled_config import CLASS_PREFIX, PREFIX
 from upcycle.targets import wrapped
+from upcycle.targets._renamed import Headless
 
 if TYPE_CHECKING:
     from upcycle.targets import Target
@@ -97,7 +98,7 @@ class WithoutHead(Place):
         return {name: shape for name, shape in family.shapes(config).items() if name != head}
 
     def around(self, target: Target) -> Target:
-        return wrapped.HeadlessTarget.of(target)
+        return Headless.of(target)
 
 
 @dataclass(frozen=True, kw_only=True)
