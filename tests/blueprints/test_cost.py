@@ -138,9 +138,11 @@ def test_a_token_of_a_modernbert_reaches_half_a_window_on_either_side(tmp_path):
     assert attended(model, length) == [n * length - (edges if n < length else 0) for n in reaches]
 
 
-def test_flops_of_a_model_with_convolutions_are_those_that_torch_counts(dense):
-    """Half of the layers of this LFM2 do not attend."""
-    source, length = dense("lfm2", max_position_embeddings=512), 512
+@pytest.mark.parametrize("model_type", ["lfm2", "gemma4_text"])
+def test_flops_of_unlike_layers_are_those_that_torch_counts(model_type, dense):
+    """Half of the layers of this LFM2 do not attend; in Gemma 4, some have wider heads than others."""
+    length = 512
+    source = dense(model_type, max_position_embeddings=length, sliding_window=length)
     model = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, length, dtype=torch.long), use_cache=False)

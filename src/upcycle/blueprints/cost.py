@@ -17,6 +17,7 @@ from upcycle.checkpoints.checkpoint import CHUNK, Checkpoint
 from upcycle.checkpoints.hub import peek
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError, shown
+from upcycle.families import Config, Family, Stack
 from upcycle.families._weights import Weight, products
 from upcycle.recipe import RecipeLike
 
@@ -285,16 +286,19 @@ def flops_per_row(
             met -= dense.idle
         if built:
             met += mixing(built, stack.name) - idle_weights(built, stack.name, length).in_products
-        reaches = [dense.family.reach(config, i, length) for i in range(stack.count)]
-        if stack.causal:  # the first tokens of a row have fewer before them
-            pairs = sum(2 * reach * length - reach**2 for reach in reaches)
-            scores = 4 * stack.attention * pairs // (1 if all_scores else 2)
-        else:
-            scores = 4 * stack.attention * sum(reaches) * length
-        total += 2 * met * length + scores
+        scores = sum(_scores(dense.family, config, stack, i, length) for i in range(stack.count))
+        total += 2 * met * length + (scores // 2 if stack.causal and not all_scores else scores)
         if stack.across:
             total += stack.count * 4 * stack.attention * length * lengths[stack.across]
     return total
+
+
+def _scores(family: Family, config: Config, stack: Stack, layer: int, length: int) -> int:
+    """Return the FLOPs of the scores of a block on a row; both halves if attention is causal."""
+    reach = family.reach(config, layer, length)
+    # The first tokens of a row have fewer before them.
+    pairs = 2 * reach * length - reach**2 if stack.causal else reach * length
+    return 4 * family.scored(config, stack, layer) * pairs
 
 
 def refuse_no_jobs(jobs: int) -> None:

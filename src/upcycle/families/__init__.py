@@ -175,6 +175,10 @@ class Family(abc.ABC):
             return min(length, int(window))
         return {"full_attention": length, "sliding_attention": min(length, int(window))}.get(kinds[layer], 0)
 
+    def scored(self, config: Config, stack: Stack, layer: int) -> int:
+        """Return the channels of all heads of a block in a stack."""
+        return stack.attention
+
     def grid(self, config: Mapping[str, Any], stack: str) -> Grid | None:
         """Return the image patches that are the positions of a stack, row by row, after the class tokens.
 

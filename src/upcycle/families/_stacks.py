@@ -28,7 +28,7 @@ class Stack:
     total: int = 0  # networks that moe.layers counts over; 0 means its own
     hidden: int  # channels of its blocks
     width: int  # neurons of its networks
-    attention: int = 0  # channels of all heads of a block, whose scores cost FLOPs; 0 means no attention
+    attention: int = 0  # channels of all heads of a usual block (`Family.scored`); 0 means no attention
     across: str = ""  # another stack whose tokens its blocks attend to as well
     path: str  # path of the network on disk, and of the MoE layer that takes its place
     owned: tuple[str, ...]  # the prefixes of the names of its tensors on disk

@@ -145,6 +145,10 @@ class Gemma4(FourNorms):
         other = config.get("num_global_key_value_heads") if config["attention_k_eq_v"] else None
         return config.get("global_head_dim") or 512, other or keys
 
+    def scored(self, config: Config, stack: Stack, layer: int) -> int:
+        head, _ = self.heads(config, layer)
+        return stack.attention and int(config["num_attention_heads"] * head)
+
     def cached(self, config: Config, layer: int) -> int:
         head, keys = self.heads(config, layer)
         return 2 * keys * head if layer < self.first_shared(config) else 0
