@@ -86,6 +86,16 @@ class Plan:
         )
 
     @property
+    def columns(self) -> list[tuple[str, int, int, int]]:
+        """What each model is called, its parameters, those active per token, and its FLOPs per token."""
+        dense = (self.dense_parameters, self.dense_active_parameters, self.dense_flops_per_token)
+        made = (self.kind, self.total_parameters, self.active_parameters, self.flops_per_token)
+        if (source := self.predecessor) is None:
+            return [(self.source_kind, *dense), made]
+        whole = (source["parameters"], source["active_parameters"], source["flops_per_token"])
+        return [(self.source_kind, *whole), (f"{self.source_kind}, narrower", *dense), made]
+
+    @property
     def num_moe_layers(self) -> int:
         """The number of blocks that become MoE layers, in all stacks together."""
         layers = self.moe_layers
@@ -111,7 +121,7 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
     """Return the plan of a blueprint. Raises `UpcycleError` if nothing could write it."""
     refuse_no_jobs(jobs)
     dense = built.dense if built.sites else built.dense.whole
-    idle = idle_weights(built)
+    idle, counts = idle_weights(built), _counts(dense)
     total = sum(e.lazy.size for e in built.entries.values())
     met = _per_token(built.dense, built.weights) + built.tied_head - idle.in_products
     return Plan(
@@ -139,14 +149,14 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
             for site in built.all_sites
         },
         shared_width=built.shared_width,
-        dense_parameters=(stored := _stored(dense)),
-        dense_active_parameters=stored - dense.idle,
+        dense_parameters=counts["parameters"],
+        dense_active_parameters=counts["active_parameters"],
         total_parameters=total,
         active_parameters=total
         - sum(e.lazy.size for n, e in built.entries.items() if built.predicts_further(n))
         - idle.parameters
         - (idle_weights(built.tower).parameters if built.tower else 0),
-        dense_flops_per_token=flops_per_token(dense),
+        dense_flops_per_token=counts["flops_per_token"],
         flops_per_token=2 * (met + mixing(built)),
         predecessor=None if dense is dense.whole else _counts(dense.whole),
         output_bytes=lay_out(built.entries, shard_size).nbytes,
@@ -161,13 +171,9 @@ def plan_of(built: Blueprint, *, jobs: int = 2, shard_size: int = DEFAULT_SHARD)
     )
 
 
-def _stored(dense: Dense) -> int:
-    """Return the parameters of a dense model and of what is around it."""
-    return sum(tensor.size for tensor in (*dense.tensors.values(), *dense.around.values()))
-
-
 def _counts(dense: Dense) -> dict[str, int]:
-    stored = _stored(dense)
+    """Return what a dense model costs, and what is around it, by the keys of `Plan.predecessor`."""
+    stored = sum(tensor.size for tensor in (*dense.tensors.values(), *dense.around.values()))
     return {
         "parameters": stored,
         "active_parameters": stored - dense.idle,

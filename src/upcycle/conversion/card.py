@@ -43,15 +43,7 @@ def _made_from(built: Blueprint) -> str:
 
 def _counts(plan: Plan) -> str:
     """Return parameters and FLOPs of the source, of the narrower dense model (if any), and of the result."""
-    heads = [plan.source_kind, plan.kind]
-    parameters = [plan.dense_parameters, plan.total_parameters]
-    active = [plan.dense_active_parameters, plan.active_parameters]
-    flops = [plan.dense_flops_per_token, plan.flops_per_token]
-    if (source := plan.predecessor) is not None:
-        heads.insert(1, f"{plan.source_kind}, narrower")
-        parameters.insert(0, source["parameters"])
-        active.insert(0, source["active_parameters"])
-        flops.insert(0, source["flops_per_token"])
+    heads, parameters, active, flops = zip(*plan.columns, strict=True)
     rows = [
         ["", *heads],
         ["---"] * (len(heads) + 1),

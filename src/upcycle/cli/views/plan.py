@@ -14,19 +14,11 @@ if TYPE_CHECKING:
 
 def show_plan(plan: Plan) -> None:
     """Show the plan as a table."""
-    rows = {
-        "parameters": [plan.dense_parameters, plan.total_parameters],
-        "active per token": [plan.dense_active_parameters, plan.active_parameters],
-        "FLOPs per token (forward)": [plan.dense_flops_per_token, plan.flops_per_token],
-    }
-    heads = [plan.source_kind, plan.kind]
-    if plan.predecessor is not None:
-        heads.insert(1, f"{plan.source_kind}, narrower")
-        for row, number in zip(rows.values(), plan.predecessor.values(), strict=True):
-            row.insert(0, number)
+    heads, parameters, active, flops = zip(*plan.columns, strict=True)
     table = grid(f"{plan.family} -> {plan.target}", "", *heads)
-    for name, row in rows.items():
-        table.add_row(name, *map(count, row))
+    table.add_row("parameters", *map(count, parameters))
+    table.add_row("active per token", *map(count, active))
+    table.add_row("FLOPs per token (forward)", *map(count, flops))
     out.print(table)
     out.print(plan.made)
     out.print(f"writes {size(plan.output_bytes)} with at most {size(plan.peak_memory_bytes)} of memory")
