@@ -11,6 +11,7 @@ from continuation import Changes, expert_choice
 DENSE_DECODER: Changes = {"decoder": {"moe": {"layers": []}}}
 
 LAYERS = "every_other"
+_HALVES = {"num_experts": 16, "top_k": 2, "granularity": 2, "layers": LAYERS, "target": "upcycled"}
 
 # Dense continuation, and Expert Choice at its FLOPs per row (C = 1) and above (C = 2).
 CORE: dict[str, Changes] = {
@@ -19,14 +20,12 @@ CORE: dict[str, Changes] = {
     "expert_choice_2": expert_choice(2.0, LAYERS) | DENSE_DECODER,
 }
 
-# Each changes one factor of the core. `virtual_group` is the best of the experiments on code.
+# Each changes one factor of the core. The first two are the best of the experiments on code at equal FLOPs.
 FACTORS: dict[str, Changes] = {
     "virtual_group": {
-        "moe": {
-            "num_experts": 16, "top_k": 2, "granularity": 2, "layers": LAYERS, "target": "upcycled",
-        },
-        "init": {"name": "virtual_group"}, "router": {"init": "grouped"}, **DENSE_DECODER,
+        "moe": _HALVES, "init": {"name": "virtual_group"}, "router": {"init": "grouped"}, **DENSE_DECODER,
     },
+    "shuffle_slice": {"moe": _HALVES, "init": {"name": "shuffle_slice"}, **DENSE_DECODER},
     "paper": {
         "moe": {"num_experts": 8, "top_k": 2, "layers": LAYERS, "target": "upcycled"},
         "router": {"name": "expert_choice", "capacity_factor": 2.0, "normalize": False, "rescale": False},

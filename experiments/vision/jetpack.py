@@ -56,6 +56,9 @@ FACTORS: dict[str, Changes] = {
 }
 
 
+SMALL_ALONE = ("dense", "copies", "small_of_all_flops")  # these take nothing from the larger model
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recycling(Continuation):
     """Variants that need statistics of the larger model, or a dense selection from it."""
@@ -65,7 +68,7 @@ class Recycling(Continuation):
         return self.decay
 
     def gather(self, folder: Path, jobs: Sequence[tuple[int, str, int]], parallel: int) -> None:
-        for start in {start for start, *_ in jobs}:
+        for start in {start for start, variant, _ in jobs if variant not in SMALL_ALONE}:
             prepare(folder, start)
         super().gather(folder, jobs, parallel)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from upcycle.blueprints.cost import flops_per_row
 from upcycle.blueprints.shards import parse_size
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.dense.admission import admit
+from upcycle.errors import UpcycleError
 
 
 def recipe_for(model_type: str) -> Recipe:
@@ -138,14 +141,49 @@ def test_a_token_of_a_modernbert_reaches_half_a_window_on_either_side(tmp_path):
     assert attended(model, length) == [n * length - (edges if n < length else 0) for n in reaches]
 
 
-@pytest.mark.parametrize("model_type", ["lfm2", "gemma4_text"])
-def test_flops_of_unlike_layers_are_those_that_torch_counts(model_type, dense):
-    """Half of the layers of this LFM2 do not attend; in Gemma 4, some have wider heads than others."""
+UNLIKE: dict[str, dict[str, Any]] = {
+    "lfm2": {},  # half of its layers do not attend
+    "gemma4_text": {"sliding_window": 512},  # some layers have wider heads than others
+    "youtu": {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 14},
+}
+
+
+@pytest.mark.parametrize("model_type", UNLIKE)
+def test_flops_of_unlike_heads_and_layers_are_those_that_torch_counts(model_type, dense):
     length = 512
-    source = dense(model_type, max_position_embeddings=length, sliding_window=length)
+    source = dense(model_type, max_position_embeddings=length, **UNLIKE[model_type])
     model = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, length, dtype=torch.long), use_cache=False)
     opened = admit(Checkpoint.open(source))
     found = flops_per_row(opened, None, {"layers": length}, all_scores=True)
     assert found == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+STRAYS = {"sliding_window": 4, "layer_types": ["sliding_attention"], "local_attention": 4}
+
+
+def edit(source: Path, keys: Mapping[str, Any]) -> None:
+    path = source / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+
+
+@pytest.mark.parametrize(
+    "architecture", ["BertModel", "GPT2LMHeadModel", "T5ForConditionalGeneration", "ViTModel"]
+)
+def test_a_class_without_windows_heeds_none(architecture, tmp_path):
+    """Its config.json may hold such keys all the same."""
+    source = tiny.make(tmp_path / "dense", architecture)
+    edit(source, STRAYS)
+    opened = admit(Checkpoint.open(source))
+    assert opened.family.reach(opened.config, 1, 24) == 24
+
+
+@pytest.mark.parametrize(
+    "key, value", [("layer_types", ["full_attention"]), ("local_attention", "abc"), ("local_attention", -1)]
+)
+def test_a_modernbert_with_odd_windows_is_refused(key, value, tmp_path):
+    source = tiny.make(tmp_path / "dense", "ModernBertModel")
+    edit(source, {key: value})
+    with pytest.raises(UpcycleError, match=key):
+        admit(Checkpoint.open(source))

@@ -168,15 +168,12 @@ class Family(abc.ABC):
     def reach(self, config: Config, layer: int, length: int) -> int:
         """Return to how many tokens of a row of `length` a token in a block can attend, itself among them.
 
-        That is a sliding window, all of the row, or 0 in a block without attention (`layer_types`).
+        That is all of the row, a window within it, or 0 in a block without attention.
         """
-        kinds, window = config.get("layer_types"), config.get("sliding_window") or length
-        if kinds is None:
-            return min(length, int(window))
-        return {"full_attention": length, "sliding_attention": min(length, int(window))}.get(kinds[layer], 0)
+        return length
 
     def scored(self, config: Config, stack: Stack, layer: int) -> int:
-        """Return the channels of all heads of a block in a stack."""
+        """Return the channels of all heads of a block in a stack, as a mean of queries and values."""
         return stack.attention
 
     def grid(self, config: Mapping[str, Any], stack: str) -> Grid | None:

@@ -142,6 +142,8 @@ KINDS: Mapping[str, Kind] = {
     "num_decoder_layers": _BLOCKS.or_null(),
     "sliding_window": _COUNT.or_null(),
     "sliding_window_pattern": _PATTERN.or_null(),
+    "local_attention": _COUNT,
+    "global_attn_every_n_layers": _SIZE,
     **_each(
         _COUNT,
         "hidden_size_per_layer_input num_kv_shared_layers "

@@ -133,6 +133,12 @@ class Decoder(DecoderWidth, Trained):
         rows, length = (1, window + tokens // 4) if tokens // 4 <= window <= LONGEST else (4, tokens // 4)
         return {"input_ids": ("tokens", (rows, min(length, config["max_position_embeddings"])))}
 
+    def reach(self, config: Config, layer: int, length: int) -> int:
+        kinds, window = config.get("layer_types"), config.get("sliding_window") or length
+        if kinds is None:
+            return min(length, window)
+        return {"full_attention": length, "sliding_attention": min(length, window)}.get(kinds[layer], 0)
+
     def switches(self, config: Config) -> dict[str, int]:
         rope, kinds = config["rope_parameters"], config.get("layer_types")
         slides = kinds is None or "sliding_attention" in kinds

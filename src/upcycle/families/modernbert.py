@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 
+from upcycle.errors import UpcycleError
 from upcycle.families import Config, Stack, Weights
 from upcycle.families._encoder import Encoder
 from upcycle.families._stacks import only_stack
@@ -37,6 +38,9 @@ class ModernBert(Encoder):
     }
 
     def finish(self, config: Config) -> Config:
+        kinds, layers = config.get("layer_types"), config["num_hidden_layers"]
+        if kinds is not None and len(kinds) != layers:
+            raise UpcycleError(f"config.json: layer_types must be a list of {layers}, one entry a layer")
         act = config["hidden_activation"] or "gelu"
         return super().finish({**config, "hidden_act": act})
 

@@ -99,6 +99,9 @@ class NemotronH(PlainDecoder):
         rope = {"rope_type": "default", "rope_theta": self.theta}
         return config | {"tie_word_embeddings": False, "rope_parameters": rope}
 
+    def reach(self, config: Config, layer: int, length: int) -> int:
+        return length if config["layer_types"][layer] == "full_attention" else 0
+
     def tells_apart(self, config: Config, length: int) -> str | None:
         mixing = [kind for kind in config["layer_types"] if kind not in ("mlp", "moe")]
         return super().tells_apart({**config, "layer_types": mixing}, length)

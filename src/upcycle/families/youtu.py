@@ -79,6 +79,10 @@ class Youtu(Decoder):
         attention = config["num_attention_heads"] * config["v_head_dim"]
         return tuple(replace(stack, attention=attention) for stack in super().stacks(config))
 
+    def scored(self, config: Config, stack: Stack, layer: int) -> int:
+        queries = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
+        return int(config["num_attention_heads"] * (queries + config["v_head_dim"]) // 2)
+
     def initial(self, config: Config, name: str, weight: Weight) -> Initial | None:
         if name == "model.embed_tokens.weight":
             return Normal(float(config["embedding_initializer_range"]))
