@@ -188,7 +188,7 @@ def built(folder: Path, size: Size, contender: Contender) -> tuple[Callable[[], 
     begun.dense.checkpoint.close()
     rows = rows_of(size)
     one_step = steps.theirs(converted(folder, run), rows) if contender.theirs else steps.ours(run, rows)
-    return one_step, begun.training_flops(size.length)
+    return one_step, begun.training_flops(size.length, all_scores=True)
 
 
 def free() -> None:

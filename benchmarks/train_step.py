@@ -76,7 +76,7 @@ def ours(source: Path, size: dict[str, int], moe: bool, **train: str | bool) -> 
     run = Run.of(table)
     begun = start.start_of(run)
     begun.dense.checkpoint.close()
-    return steps.ours(run, rows_of(size)), begun.training_flops(size["length"])
+    return steps.ours(run, rows_of(size)), begun.training_flops(size["length"], all_scores=True)
 
 
 def rows_of(size: dict[str, int]) -> torch.Tensor:

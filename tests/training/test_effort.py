@@ -10,7 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ranks
 import tiny
-from upcycle.training import effort, enter, optimizer, step
+from upcycle.forecast import time
+from upcycle.forecast.setting import Setting
+from upcycle.sharding.layout import Layout
+from upcycle.training import effort, enter, optimizer, rehearsal, step
 from upcycle.training.course import Course
 from upcycle.training.parallel import ranks as world
 
@@ -56,3 +59,18 @@ def test_flops_of_a_part_are_those_that_torch_counts(part, source):
     flops = effort.flops_per_row(trainee.start, anatomy, course.legs[0], trainee.lengths)
     found = 3 * flops / trainee.start.training_flops_per_row(trainee.lengths)
     assert found == pytest.approx(counted, abs=0.1)
+
+
+def test_a_forecast_of_a_part_counts_what_the_mfu_of_a_run_counts(source):
+    """The whole scores of attention, which count for more, the longer the row."""
+    run = run_of(source, train={"only": ["router"], "sequence_length": 512, "batch_tokens": 512})
+    with world(run.parallel) as here:
+        trainee = ranks.trainee_of(run, here)
+    course = Course(run)
+    anatomy = enter.anatomy_of(course, trainee.start, trainee.model, trainee.routers)
+    lengths = {"layers": 512}
+    flops = effort.flops_per_row(trainee.start, anatomy, course.legs[0], lengths, all_scores=True)
+    _, passes = rehearsal.trained(run, lengths)
+    built = trainee.start.built
+    setting = Setting(built=built, layout=Layout(), lengths=lengths, effort=passes)
+    assert time.flops(setting, recomputed=False) == pytest.approx(flops, rel=1e-6)

@@ -161,7 +161,7 @@ def _held(run: Run, begun: Start, here: Ranks, precision: str) -> Held:
 
 
 def trained(run: Run, lengths: Mapping[str, int]) -> tuple[frozenset[str], float]:
-    """Return what a run without stages trains, and the forward passes that a step costs.
+    """Return what a run without stages trains, and the forward passes that a step costs, with all scores.
 
     Parameters go by the names of their tensors (`Target.in_memory`).
     """
@@ -173,7 +173,7 @@ def trained(run: Run, lengths: Mapping[str, int]) -> tuple[frozenset[str], float
         chosen = anatomy.chosen(run.train.only, run.train.freeze)
         names = building.renamed(model, begun.in_memory(begun.entries))
         told = frozenset(names[name] for name in chosen if name in names)
-        return told, effort.passes(anatomy, chosen, lengths, begun)
+        return told, effort.passes(anatomy, chosen, lengths, begun, all_scores=True)
 
 
 def _held_in(

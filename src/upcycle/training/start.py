@@ -110,9 +110,10 @@ class Start:
         taught = 0 if teacher is None else flops_per_row(teacher, None, lengths, all_scores=all_scores)
         return round(passes * flops_per_row(self.dense, self.built, lengths, all_scores=all_scores)) + taught
 
-    def training_flops(self, length: int) -> int:
+    def training_flops(self, length: int, *, all_scores: bool = False) -> int:
         """Return the same for one token of a row of `length`, for a model of text with one length."""
-        return self.training_flops_per_row(dict.fromkeys(self.dense.lengths, length)) // length
+        lengths = dict.fromkeys(self.dense.lengths, length)
+        return self.training_flops_per_row(lengths, all_scores=all_scores) // length
 
 
 def start_of(run: Run, opener: Opener = open_checkpoint) -> Start:
