@@ -137,18 +137,47 @@ def test_upcycling_is_behind_for_as_long_as_is_said(comparison):
     assert f"behind {until}" in comparison.found
 
 
+def asked_of(source, seen, taken):
+    """Tokens that cost a share `taken` of a dense training on `seen` tokens per parameter."""
+    size = advise(source, None, Budget(tokens=10**6)).plan.dense_parameters
+    return Budget(tokens=round(taken * seen * size), dense_tokens=round(seen * size))
+
+
 @pytest.mark.parametrize(("seen", "init"), [(10, "virtual_group"), (80, "shuffle_slice")])
 def test_narrower_experts_are_those_of_our_runs_where_these_paid(seen, init, tmp_path):
     source = tiny.make_headers(tmp_path / "llama", LLAMA)
-    size = advise(source, None, Budget(tokens=10**6)).plan.dense_parameters
-    asked = Budget(tokens=round(0.18 * seen * size), dense_tokens=round(seen * size))
+    asked = asked_of(source, seen, 0.18)
     found = advise(source, None, asked).recommended
     (keys,) = (reason for reason in found.reasons if reason.startswith("  --set"))
     table = override(found.recipe.as_table(), keys.replace("--set", "").split())
     assert table["init"] == {"name": init}
     assert (table["moe"]["num_experts"], table["moe"]["granularity"]) == (16, 2)
-    better = any("better than whole ones" in reason for reason in found.reasons)
-    assert better == (advise(source, Recipe.of(table), asked).verdict.choice == "upcycling")
+    ahead = any("found ahead of dense continuation" in reason for reason in found.reasons)
+    assert ahead == (advise(source, Recipe.of(table), asked).verdict.choice == "upcycling")
+
+
+@pytest.mark.parametrize(
+    ("table", "seen", "taken", "choice", "pays"),
+    [
+        ({}, 350, 0.19, None, True),  # no copies were run from near there
+        (DROP, 42, 0.16, "dense continuation", False),  # slices are level there
+        (DROP, 42, 0.2, "dense continuation", True),
+        ({}, 10, 0.2, "dense continuation", False),
+    ],
+)
+def test_slices_are_recommended_where_they_alone_are_known_to_pay(table, seen, taken, choice, pays, tmp_path):
+    source = tiny.make_headers(tmp_path / "llama", LLAMA)
+    asked = asked_of(source, seen, taken)
+    found = advise(source, Recipe.of(table), asked)
+    slices = Recipe.of({"moe": {"num_experts": 16, "granularity": 2}, "init": {"name": "shuffle_slice"}})
+    of_slices = advise(source, slices, asked).verdict
+    assert (found.verdict.choice, of_slices.choice == "upcycling") == (choice, pays)
+    given = found.recommended
+    assert (given.recipe == slices) is pays
+    assert given.reasons[0] == (of_slices if pays else found.verdict).sentence
+    if pays:
+        (changed,) = given.reasons[1:]
+        assert "moe.num_experts = 16, not 8" in changed
 
 
 @pytest.mark.parametrize(

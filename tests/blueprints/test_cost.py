@@ -180,7 +180,8 @@ def test_a_class_without_windows_heeds_none(architecture, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "key, value", [("layer_types", ["full_attention"]), ("local_attention", "abc"), ("local_attention", -1)]
+    ("key", "value"),
+    [("layer_types", ["full_attention"]), ("local_attention", "abc"), ("local_attention", -1)],
 )
 def test_a_modernbert_with_odd_windows_is_refused(key, value, tmp_path):
     source = tiny.make(tmp_path / "dense", "ModernBertModel")

@@ -36,6 +36,8 @@ PUBLISHED: Mapping[Kind, Mapping[str, Any]] = {
         "router": {"name": "expert_choice", "capacity_factor": 2.0},
     },
 }
+SLICES = {"init.name": "shuffle_slice"}
+GROUPS = {"init.name": "virtual_group", "router.init": "grouped"}
 USE = (
     "Use: upcycle convert SOURCE OUT --recipe FILE. In a run file these tables stand beside source, out and "
     "[train]."
@@ -87,16 +89,24 @@ def recommended(situation: Situation, source: Checkpoint) -> Recommendation:
 def _best(situation: Situation, source: Checkpoint) -> tuple[Situation, Verdict]:
     """Return the situation asked about, or the first other one in which upcycling is shown to pay."""
     found = verdict(situation)
-    if found.choice is None and found.sure != "fitted law":
-        for recipe in _others(situation):
-            other = _with(situation, recipe, source)
-            if other and (better := verdict(other)).choice == "upcycling":
-                return other, better
+    for recipe in () if found.sure == "fitted law" else _others(situation, found):
+        other = _with(situation, recipe, source)
+        if other and (better := verdict(other)).choice == "upcycling":
+            return other, better
     return situation, found
 
 
-def _others(situation: Situation) -> Iterator[Recipe]:
-    """Yield recipes that sources say more about than about the one that was asked about."""
+def _others(situation: Situation, found: Verdict) -> Iterator[RecipeLike]:
+    """Yield recipes that sources may say more for than for the one that was asked about."""
+    asked = situation.built.recipe
+    if found.choice is None:
+        yield from _whole(situation)
+    if found.choice in (None, "dense continuation") and (keys := _narrower(situation, SLICES)):
+        yield _put(asked, keys)
+
+
+def _whole(situation: Situation) -> Iterator[Recipe]:
+    """Yield recipes with experts of full width, as published comparisons have them."""
     asked = situation.built.recipe
     if (
         asked.successor is not None
@@ -123,28 +133,36 @@ def _initialised(situation: Situation, source: Checkpoint) -> Situation:
     return _with(situation, replace(situation.built.recipe, init=drop), source) or situation
 
 
-def _equal_flops(situation: Situation, source: Checkpoint) -> list[str]:
-    """Return how to make `top_k` narrower experts together as wide as the dense network.
+def _narrower(situation: Situation, made: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of `top_k` times as many experts, `top_k` of them as wide as the dense network.
 
-    These are the virtual groups of He et al. (arXiv 2410.07524), or shuffled slices where our own runs cover
-    the input and found them ahead. The result is empty if experts are narrow already or the model cannot have
-    them.
+    `made` are those of their initialisation. There are none if experts are narrow already, if a token has
+    one, or if the source is no decoder.
     """
     recipe = situation.built.recipe
-    moe, one_router = recipe.moe, not recipe.parts and recipe.successor is None
+    moe, one_router = recipe.moe, not recipe.parts and recipe.successor is None and recipe.grow is None
     plain = moe.granularity == 1 and not (moe.expert_width or moe.shared_experts or moe.universal_experts)
     if situation.kind != "decoder" or not (one_router and plain) or recipe.router.name != "top_k":
-        return []
+        return {}
     if moe.top_k == 1:
-        return []  # one whole expert has the dense FLOPs already
-    narrow = {"moe.num_experts": moe.num_experts * moe.top_k, "moe.granularity": moe.top_k}
-    slices = narrow | {"init.name": "shuffle_slice"}
-    groups = narrow | {"init.name": "virtual_group", "router.init": "grouped"}
-    why, keys = "", groups
-    if (other := _with(situation, _put(recipe, slices), source)) and verdict(other).choice == "upcycling":
-        why, keys = ", which upcycle's own runs found better than whole ones", slices
-    elif _with(situation, _put(recipe, groups), source) is None:
+        return {}  # one whole expert has the dense FLOPs already
+    return {"moe.num_experts": moe.num_experts * moe.top_k, "moe.granularity": moe.top_k, **made}
+
+
+def _equal_flops(situation: Situation, source: Checkpoint) -> list[str]:
+    """Return how to make narrower experts of the dense FLOPs; nothing if the model cannot have them.
+
+    They are shuffled slices where our own runs cover the input and found them ahead, or else the virtual
+    groups of He et al. (arXiv 2410.07524).
+    """
+    recipe, keys = situation.built.recipe, _narrower(situation, SLICES)
+    if not keys:
         return []
+    why = ", which upcycle's own runs found ahead of dense continuation"
+    if not ((other := _with(situation, _put(recipe, keys), source)) and verdict(other).choice == "upcycling"):
+        why, keys = "", _narrower(situation, GROUPS)
+        if _with(situation, _put(recipe, keys), source) is None:
+            return []
     ratio = situation.plan.flops_per_token / situation.plan.dense_flops_per_token
     return [
         f"A token takes {ratio:.2f} times the dense FLOPs. For equal FLOPs, with narrower experts{why}, add",
