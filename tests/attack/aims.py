@@ -320,7 +320,7 @@ def targets(shop: Workshop) -> dict[str, Aim]:
     def scored() -> Start:
         path = shop.place("changed/scored") / EvaluationRecord.FILE
         path.write_text(json.dumps(left_scores()))
-        return _file(path, lambda: results.record(path.parent, []))
+        return _file(path, lambda: results.record(path.parent, [], None))
 
     add("eval.json: eval", mutations.any_json, 300, scored)
 

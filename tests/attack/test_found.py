@@ -197,7 +197,7 @@ def test_scores_that_are_nested_too_deep_to_be_written_again(tmp_path: Path) -> 
     entry = '{"kind": "text", "name": "t", "metrics": {}, "data": ' + "[" * 200 + "]" * 200 + "}"
     (tmp_path / "eval.json").write_text('{"format": 1, "results": [' + entry + "]}")
     with pytest.raises(UpcycleError, match="nested deeper than 128 levels"):
-        results.record(tmp_path, [])
+        results.record(tmp_path, [], None)
 
 
 def test_columns_of_images_whose_names_are_no_text(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ import left_behind
 from damage import spoil
 from left_behind import DENSE, LENGTH, MOE, ROWS, write_checkpoint, write_run
 from upcycle import Recipe, UpcycleError, cli, convert
+from upcycle.evaluation import results
+from upcycle.evaluation.results import Metric, Result
 from upcycle.reporting import drawing, figures, report, sections
 from upcycle.reporting.comparison import Comparison, Group, compare
 from upcycle.reporting.crossing import crossing, standing
@@ -684,6 +686,27 @@ def test_scores_on_other_data_stand_in_rows_of_their_own(tmp_path, monkeypatch):
     assert tables(made)["Scores on tasks"].rows == (
         ("piqa (limit 0)", "accuracy ↑", "0.5000", "0.6000 *", "–"),
         ("piqa (limit 50)", "accuracy ↑", "–", "–", "0.9000"),
+    )
+
+
+def test_losses_by_the_tokens_of_two_tokenizers_stand_in_rows_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("upcycle.reporting.checkpoints._anatomy", lambda folder: None)
+
+    def scored(name: str, loss: float, bits: float, tokenizer: str) -> Path:
+        metrics = {
+            "loss": Metric(value=loss, standard_error=None, higher_is_better=False, per_token=True),
+            "bits_per_byte": Metric(value=bits, standard_error=None, higher_is_better=False),
+        }
+        folder = write_checkpoint(tmp_path / name)
+        result = Result(kind="text", name="a.txt", data={"file": "a.txt"}, metrics=metrics)
+        results.record(folder, [result], tokenizer)
+        return folder
+
+    made = document(scored("a", 2.8, 1.1, "one"), scored("b", 2.7, 1.0, "one"), scored("c", 5.5, 0.9, "two"))
+    assert tables(made)["Scores on texts"].rows == (
+        ("a.txt (tokenizer one)", "loss ↓", "2.8000", "2.7000 *", "–"),
+        ("a.txt", "bits_per_byte ↓", "1.1000", "1.0000", "0.9000 *"),
+        ("a.txt (tokenizer two)", "loss ↓", "–", "–", "5.5000"),
     )
 
 

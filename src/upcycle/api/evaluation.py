@@ -56,7 +56,7 @@ class Evaluation:
             if hub.is_id(each.checkpoint):
                 continue
             try:
-                written.append(results.record(each.folder, each.results))
+                written.append(results.record(each.folder, each.results, each.tokenizer))
             except UpcycleError as error:
                 lost.append(error)
         return Recorded(written=tuple(written), lost=tuple(lost))

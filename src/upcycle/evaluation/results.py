@@ -50,11 +50,13 @@ class Metric:
             per_token=per_token,
         )
 
-    @property
-    def record(self) -> MetricRecord:
-        """Return the metric as it is written in `eval.json`."""
+    def record(self, tokenizer: str | None = None) -> MetricRecord:
+        """Return the metric as it is written in `eval.json`; `tokenizer` identifies that of the model."""
         return MetricRecord(
-            value=self.value, standard_error=self.standard_error, higher_is_better=self.higher_is_better
+            value=self.value,
+            standard_error=self.standard_error,
+            higher_is_better=self.higher_is_better,
+            tokenizer=tokenizer if self.per_token else None,
         )
 
 
@@ -69,15 +71,14 @@ class Result:
     units: tuple[Any, ...] = ()  # identifies the units; two results with equal units can be paired
     more: Mapping[str, Any] = field(default_factory=dict)  # counts and the like, for the command's own JSON
 
-    @property
-    def entry(self) -> EvaluationEntry:
-        """The entry for `eval.json`, still without paired sums, versions and date."""
-        metrics = {name: metric.record for name, metric in self.metrics.items()}
+    def entry(self, tokenizer: str | None = None) -> EvaluationEntry:
+        """Return the entry for `eval.json`, still without paired sums, versions and date."""
+        metrics = {name: metric.record(tokenizer) for name, metric in self.metrics.items()}
         return EvaluationEntry(kind=self.kind, name=self.name, data=dict(self.data), metrics=metrics)
 
     def as_json(self) -> dict[str, Any]:
         """Return the result as JSON."""
-        return self.entry.as_table()
+        return self.entry().as_table()
 
 
 # The metrics that a report can pair, by kind; those that do not depend on the tokenizer come first.
@@ -126,7 +127,7 @@ def data_of(path: Path) -> dict[str, Any]:
     }
 
 
-def stamped(results: Sequence[Result]) -> list[EvaluationEntry]:
+def stamped(results: Sequence[Result], tokenizer: str | None) -> list[EvaluationEntry]:
     """Return the entries for `eval.json`, with versions and date."""
     names = ("upcycle", "torch", "transformers")
     versions = {name: importlib.metadata.version(name) for name in names}
@@ -134,7 +135,8 @@ def stamped(results: Sequence[Result]) -> list[EvaluationEntry]:
     entries = []
     for result in results:
         of_tasks = {"lm_eval": importlib.metadata.version("lm_eval")} if result.kind == "tasks" else {}
-        entries.append(replace(result.entry, paired=_paired(result), versions=versions | of_tasks, date=now))
+        entry = result.entry(tokenizer)
+        entries.append(replace(entry, paired=_paired(result), versions=versions | of_tasks, date=now))
     return entries
 
 
@@ -162,13 +164,14 @@ def _is_comparison(path: Path) -> bool:
     return isinstance(found.get("checkpoints"), list)
 
 
-def record(folder: Path, results: Sequence[Result]) -> Path:
+def record(folder: Path, results: Sequence[Result], tokenizer: str | None) -> Path:
     """Write `results` into the `eval.json` of a checkpoint's folder, in one step.
 
+    `tokenizer` is a hash that identifies its tokenizer; None: no tokenizer was used.
     Raises `UpcycleError` if the folder cannot be written to, or if its `eval.json` is something else.
     """
     path = folder / EvaluationRecord.FILE
-    new = stamped(results)
+    new = stamped(results, tokenizer)
     again = {entry.place for entry in new}
     kept = [entry for entry in read(path).results if entry.place not in again]
     try:

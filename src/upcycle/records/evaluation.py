@@ -16,6 +16,7 @@ class MetricRecord(Record):
     value: float
     standard_error: float | None = None
     higher_is_better: bool
+    tokenizer: str | None = sometimes()  # a hash of that by whose tokens it counts; None: it counts by none
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -137,10 +138,13 @@ def _scores(folder: Path) -> tuple[Score, ...]:
 def _score(entry: EvaluationEntry, name: str, metric: MetricRecord) -> Score:
     paired = (entry.paired or {}).get(name)
     error = metric.standard_error
+    data = dict(entry.data) if isinstance(entry.data, Mapping) else {"": entry.data}
+    if metric.tokenizer is not None:  # what is counted by the tokens of another is another question
+        data["tokenizer"] = metric.tokenizer
     return Score(
         kind=entry.kind,
         name=entry.name,
-        data=json.dumps(entry.data, sort_keys=True),
+        data=json.dumps(data, sort_keys=True),
         metric=name,
         value=metric.value,
         standard_error=error if is_number(error) else None,
