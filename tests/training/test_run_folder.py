@@ -11,6 +11,7 @@ import shutil
 import signal
 import stat
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -217,10 +218,29 @@ LINES = [b"\xff\n", b"5\n", b"{}\n", b'{"step": "x"}\n', b"\0\0\0\n", b"[" * 100
 @pytest.mark.parametrize("line", LINES)
 def test_damaged_metrics_are_counted(line: bytes, table: Table) -> None:
     path = begun(table) / "metrics.jsonl"
-    whole, before = metrics._read(path), path.read_bytes()
-    assert whole[1] == 0
+    before, steps = path.read_bytes(), read(path.parent)
+    assert metrics._end_at(path, steps[-1].step) == 0
+    assert path.read_bytes() == before
     path.write_bytes(line + before)
-    assert metrics._read(path) == (whole[0], 1)
+    assert read(path.parent) == steps
+    assert metrics._end_at(path, steps[-1].step) == 1
+    assert path.read_bytes() == before
+
+
+def test_metrics_of_a_long_run_are_not_held_in_memory(tmp_path: Path) -> None:
+    """Those of a large model over many steps are gigabytes."""
+    load = {"load": [1 / 64] * 64, "dead": 0, "collapsed": False, "entropy": 1.0, "left_behind": 0.0}
+    path = tmp_path / "metrics.jsonl"
+    line = {"step": 0, "tokens": 1, "loss": 2.0, "layers": [load | {"layer": n} for n in range(16)]}
+    path.write_text("".join(json.dumps(line | {"step": n}) + "\n" for n in range(1, 201)))
+    size = path.stat().st_size
+    tracemalloc.start()
+    assert metrics._end_at(path, 150) == 0
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size > 2_000_000
+    assert peak < size / 4
+    assert [step.step for step in read(tmp_path)] == [*range(1, 151)]
 
 
 @pytest.mark.usefixtures("on_screen")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
@@ -33,22 +33,34 @@ def peak_flops(log: Log, device: torch.device) -> float | None:
 
 def read(out: Path) -> list[StepMetrics]:
     """Return the steps of a run in order, without lines that are damaged or were cut off by a kill."""
-    return [step for step, _ in _read(out / StepMetrics.FILE)[0]]
+    path = out / StepMetrics.FILE
+    return [step for step, _ in _lines(path) if step is not None] if path.is_file() else []
 
 
-def _read(path: Path) -> tuple[list[tuple[StepMetrics, bytes]], int]:
-    """Return the steps in a file with their lines, and the number of damaged lines.
+def _lines(path: Path) -> Iterator[tuple[StepMetrics | None, bytes]]:
+    """Yield each line of a file with its step, which is None for a damaged one.
 
-    The last line does not count as damaged: a kill may have cut it off.
+    The last line is left out if a kill has cut it off. One line is held at a time: those of a large model
+    over many steps are gigabytes.
     """
-    steps, damaged = [], 0
-    *lines, last = path.read_bytes().split(b"\n") if path.is_file() else [b""]
-    for line in (*lines, last):
-        try:
-            steps.append((StepMetrics.of_line(line, path.name), line))
-        except UpcycleError:
-            damaged += bool(line.strip()) and line is not last
-    return steps, damaged
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                yield StepMetrics.of_line(line, path.name), line.rstrip(b"\n") + b"\n"
+            except UpcycleError:
+                if line.strip() and line.endswith(b"\n"):
+                    yield None, line
+
+
+def _end_at(path: Path, last: int) -> int:
+    """Write a file anew without the steps after `last`; return the number of damaged lines, also left out."""
+    damaged = 0
+    with whole_file.filling(path) as file:
+        for step, line in _lines(path) if path.is_file() else ():
+            damaged += step is None
+            if step is not None and step.step <= last:
+                file.write(line)
+    return damaged
 
 
 class Metrics:
@@ -58,12 +70,9 @@ class Metrics:
         self.log, self.total, self.start = log, total, start
         # Steps after the checkpoint are run again, so drop their old lines.
         path = self._path = out / StepMetrics.FILE
-        before, damaged = _read(path)
-        if damaged:
+        if damaged := _end_at(path, start):
             lines = "1 line" if damaged == 1 else f"{damaged} lines"
             progress.warn(f"{lines} of {path.name} {'is' if damaged == 1 else 'are'} damaged and left out")
-        kept = [line + b"\n" for step, line in before if step.step <= start]
-        whole_file.write(path, b"".join(kept))
         self.file: IO[str] = path.open("a")
         self.sinks = [_sink(name, log, out, settings, resumed=start > 0) for name in log.sinks]
         self.warned: set[str] = set()
@@ -101,9 +110,8 @@ class Metrics:
     def go_back(self, step: int) -> None:
         """Drop the lines after `step`, because those steps are taken again."""
         self._shut()
-        path = self._path
-        whole_file.write(path, b"".join(line + b"\n" for each, line in _read(path)[0] if each.step <= step))
-        self.file = path.open("a")
+        _end_at(self._path, step)
+        self.file = self._path.open("a")
 
     def _watch(self, step: int, layer: LayerMetrics) -> None:
         """Warn once when a layer collapses, and again only after it has recovered."""
