@@ -42,6 +42,9 @@ FORMS = {
         "conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Yes."}],
     },
     "prompt": {"prompt": ASKED[:2], "completion": ASKED[2:]},
+    "messages, system beside": {"system": "Be brief.", "messages": ASKED[1:]},
+    "the same system beside": {"system": "Be brief.", "messages": ASKED},
+    "prompt, system beside": {"system": "Be brief.", "prompt": "Hi?", "completion": "Yes."},
 }  # fmt: skip
 
 
@@ -119,6 +122,8 @@ def test_a_saved_dataset(tmp_path):
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "type 'text' without text"),
         ({"messages": [{"role": "user", "content": 3}]}, "the content 3 must be text, or a list of parts"),
         ({"messages": turns("Hi?", "\ud800")}, "half of a character"),
+        ({"messages": ASKED, "system": "Be long."}, "a 'system' beside its messages, and another text in"),
+        ({"messages": turns("Hi?", "Yes"), "functions": [TOOL]}, "has 'functions', OpenAI's older form"),
         ({"messages": turns("Hi?", "Yes"), "tools": "{"}, "'tools' is not JSON"),
         ({"messages": turns("Hi?", "Yes"), "tools": {"a": 1}}, "'tools' must be a list of JSON schemas"),
     ],

@@ -35,6 +35,7 @@ from upcycle.system import lock, whole_file
 from upcycle.system.signals import held
 from upcycle.training import fit, metrics, micro_batch, run_folder, saving, start
 from upcycle.training.export import export
+from upcycle.training.identity import identity_of
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
 from upcycle.training.parallel import Ranks
@@ -383,7 +384,8 @@ def test_the_folder_that_a_run_was_begun_in_comes_before_todays(
 
     monkeypatch.chdir(home)
     train(settings)
-    shutil.copytree(home, moved)
+    for copy in (moved, tmp_path / "again"):
+        shutil.copytree(home, copy)
     monkeypatch.chdir(away)
     export(home / "run", tmp_path / "out")
     with pytest.raises(UpcycleError, match=f"^dense is another one here; .* was begun in {home}, from where"):
@@ -394,6 +396,9 @@ def test_the_folder_that_a_run_was_begun_in_comes_before_todays(
     assert longer({"out": str(home / "run")}) == str(home)
     monkeypatch.chdir(moved)
     assert longer({}) == str(moved)
+    monkeypatch.chdir(tmp_path / "again")
+    upcycle.train(settings, resume=True)  # the same run, no longer than before
+    assert json.loads(Path("run", "run.json").read_text())["begun_in"] == str(tmp_path / "again")
 
 
 # --- export
@@ -540,6 +545,45 @@ def test_a_finished_run_is_extended(table: Table, tmp_path: Path) -> None:
         train(Run.of(table(train={"steps": 3})), resume=True)
     with pytest.raises(UpcycleError, match=r"another run: it differs in train\.weight_decay"):
         train(Run.of(table(train={"steps": 8, "weight_decay": 0.3})), resume=True)
+
+
+FREE: list[dict[str, Any]] = [  # what decides no number of a step
+    {"data": {"cache": "elsewhere"}},
+    {"train": {"activation_checkpointing": True}},
+    {"train": {"eval_every": 1}},
+]
+
+
+@pytest.mark.parametrize("change", FREE, ids=str)
+def test_what_decides_no_number_may_be_another_when_a_run_goes_on(
+    change: dict[str, Any], table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache on the disk of a node has another path in each job, and a smaller GPU needs recomputation."""
+    monkeypatch.chdir(tmp_path)
+    whole = begun(table, out=str(tmp_path / "whole"), train={"steps": 4})
+    out = begun(table)
+    state = saving.latest(out)
+    assert state is not None
+    recorded = saving.read_state(state).identity
+    for section, keys in change.items():
+        assert not keys.keys() & recorded[section].keys()
+        recorded[section] |= dict.fromkeys(keys)  # as earlier versions recorded it
+    rewritten = replace(saving.read_state(state), identity=recorded).sealed()
+    whole_file.write_json(state / RunState.FILE, rewritten.as_table())
+    longer = {"steps": 4, **change.get("train", {})}
+    train(Run.of(table(**{**change, "train": longer})), resume=True)
+    assert losses(out) == losses(whole)
+
+
+def test_the_cache_of_a_stage_and_of_a_teacher_decide_no_number() -> None:
+    table = {
+        "teacher": {"cache": "a", "top_logits": 8},
+        "stage": [{"name": "one", "data": {"cache": "b", "held_out": 0.1}}, {"name": "two", "data": None}],
+    }
+    assert identity_of(table) == {
+        "teacher": {"top_logits": 8},
+        "stage": [{"name": "one", "data": {"held_out": 0.1}}, {"name": "two", "data": None}],
+    }
 
 
 @pytest.mark.parametrize("schedule", [{"name": "cosine"}, {"name": "warmup_stable_decay", "decay": 2}])

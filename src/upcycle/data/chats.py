@@ -1,6 +1,7 @@
 """Chats as training data: messages from JSON lines or parquet, in the three forms that people write.
 
-A row has `messages`, or `prompt` and `completion`, or ShareGPT's `conversations`. It may have `tools`.
+A row has `messages`, or `prompt` and `completion`, or ShareGPT's `conversations`. It may have `tools`, and a
+system prompt as `system`.
 """
 
 from __future__ import annotations
@@ -80,6 +81,8 @@ def chat_of(row: Mapping[str, Any], where: str) -> Chat:
     """Return the chat in a row of data. Raises `UpcycleError` if there is none that can be used."""
     if media := [name for name in _MEDIA if row.get(name)]:
         raise UpcycleError(f"{where} has {media[0]!r}; chats are text alone, so leave this chat out")
+    if row.get("functions"):
+        raise UpcycleError(f"{where} has 'functions', OpenAI's older form; give them as 'tools'")
     marked = [_message(each, where) for each in _messages(row, where)]
     messages = tuple(message for message, _ in marked)
     chat = Chat(
@@ -101,12 +104,26 @@ def chat_of(row: Mapping[str, Any], where: str) -> Chat:
 
 
 def _messages(row: Mapping[str, Any], where: str) -> list[Any]:
-    """Return the messages of a row, whatever form it has."""
+    """Return the messages of a row, whatever form it has, after the system prompt that stands beside them."""
+    messages = _as_messages(row, where)
+    if not (told := row.get("system")):
+        return messages
+    first = messages[0] if isinstance(messages[0], Mapping) else {}
+    if first.get("role", first.get("from")) not in ("system", "developer"):
+        return [{"role": "system", "content": told}, *messages]
+    if told not in (first.get("content"), first.get("value")):
+        raise UpcycleError(
+            f"{where} has a 'system' beside its messages, and another text in a first message of the system; "
+            f"leave one of them out"
+        )
+    return messages
+
+
+def _as_messages(row: Mapping[str, Any], where: str) -> list[Any]:
     if row.get("messages") is not None:
         return _list(row["messages"], "messages", where)
     if row.get("conversations") is not None:
-        told = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-        return told + _list(row["conversations"], "conversations", where)
+        return _list(row["conversations"], "conversations", where)
     if row.get("prompt") is not None and row.get("completion") is not None:
         return _turns(row, "prompt", "user", where) + _turns(row, "completion", ASSISTANT, where)
     raise UpcycleError(

@@ -19,14 +19,16 @@ from upcycle.training.run import Run
 
 
 def write(ready: Ready, out: Path) -> None:
-    """Write run.json, unless this run's is already there. A new run keeps what goes with its model."""
+    """Write run.json, unless this run's is there, at this place. A new run keeps what goes with its model."""
     run, state = ready.course.run, ready.state
     if not state.step:
         beside.keep(run, ready.trainee.task, out)
     identity = json.loads(json.dumps(run.identity()))
     before = known_in(out)
-    if not state.step or before is None or before.identity != identity:
-        run_folder.write_record(out, _record(ready, begun_in.to_record(before, out)))
+    folder = begun_in.to_record(before, out)
+    known = before is not None and (before.identity, before.begun_in) == (identity, folder)
+    if not state.step or not known:
+        run_folder.write_record(out, _record(ready, folder))
 
 
 def _record(ready: Ready, folder: str | None) -> RunRecord:

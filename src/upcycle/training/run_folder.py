@@ -19,7 +19,7 @@ from upcycle.records.state import PRECISIONS, RunState
 from upcycle.system import claim, lock, whole_file
 from upcycle.training import agreement, fit, saving
 from upcycle.training.course import Course
-from upcycle.training.identity import of_any_length
+from upcycle.training.identity import identity_of, of_any_length
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run, train_of
 from upcycle.training.stages import Stage
@@ -108,6 +108,7 @@ def _refuse_other(run: Run, out: Path, checkpoint: Path | None) -> None:
     if recorded is None:
         return
     where, theirs, done = recorded
+    theirs = identity_of(theirs) if isinstance(theirs, dict) else theirs
     mine = _plain(_settled_as(run, theirs).identity())
     if _differences(of_any_length(theirs), of_any_length(mine)):
         theirs = _as_read_today(theirs)
