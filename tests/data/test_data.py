@@ -22,10 +22,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from heard import Counted
+from upcycle.checkpoints.checkpoint import file_hash
 from upcycle.data import corpus, documents, folders, leaks, splits
 from upcycle.data import pieces as cut
 from upcycle.data.batches import Batches
@@ -60,9 +61,18 @@ def bytes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokenised(bytes_folder: Path, tmp_path: Path) -> Callable[..., Tokens]:
     """A function that tokenises one source with the byte-level tokenizer."""
 
-    def make(path: Path | str, *, vocab_size: int = 258, append_eos: bool = True, **options: Any) -> Tokens:
+    def make(
+        path: Path | str,
+        *,
+        vocab_size: int = 258,
+        append_eos: bool = True,
+        checked: Any = None,
+        **options: Any,
+    ) -> Tokens:
         data = Data(sources=(Source(path=str(path), **options),), append_eos=append_eos)
-        (tokens,) = prepare(data, bytes_folder, tmp_path / "cache", vocab_size=vocab_size)
+        (tokens,) = prepare(
+            data, bytes_folder, tmp_path / "cache", vocab_size=vocab_size, checked=checked or {}
+        )
         return tokens
 
     return make
@@ -436,19 +446,23 @@ def test_text_without_blanks_is_cut_all_the_same(
     assert documents_of(tokenised(tmp_path / "a.txt"), bytes_folder) == [text]
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.text(st.sampled_from("ab \n|"), min_size=1, max_size=80))
-def test_a_document_loses_the_line_breaks_around_it_alone(tmp_path_factory: Any, text: str) -> None:
+@settings(max_examples=100, deadline=None)
+@given(st.text(st.sampled_from("ab \n|"), min_size=1, max_size=80), st.sampled_from(["|", "\n\n", "\n|\n"]))
+@example("\n|\n\n\n\n a", "\n|\n")
+@example("\n\na\n\n\na\n\n\n\n|", "\n\n")
+def test_a_document_loses_the_line_breaks_around_it_alone(
+    tmp_path_factory: Any, text: str, separator: str
+) -> None:
     """Whether it comes in one piece or in several."""
     path = tmp_path_factory.mktemp("text") / "a.txt"
     path.write_text(text)
-    for size in (1000, 5):
+    for size in (1000, 5, 3, 2):
         found: list[str] = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(documents, "_PIECE", size)
-            for piece, begins in documents.documents(Source(path=str(path), separator="|")):
+            for piece, begins in documents.documents(Source(path=str(path), separator=separator)):
                 found = [*found, piece] if begins else [*found[:-1], found[-1] + piece]
-        assert found == [each.strip("\n") for each in text.split("|")]
+        assert found == [each.strip("\n") for each in text.split(separator)]
 
 
 @settings(max_examples=50, deadline=None)
@@ -509,6 +523,24 @@ def test_tokenised_once(tmp_path: Path, tokenised: Any, monkeypatch: pytest.Monk
         patch.setattr(corpus, "encode", None)  # whoever tokenises again fails
         again = tokenised("a.txt")
     assert again.path == first.path
+    np.testing.assert_array_equal(again.ids(), first.ids())
+
+
+def test_one_process_reads_token_files_whole(
+    tmp_path: Path, tokenised: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others do so only if they see another file, such as one on a disk of their own."""
+    path = tmp_path / "a.txt"
+    path.write_text("some text")
+    first, hashed = tokenised(path), []
+    monkeypatch.setattr(corpus, "file_hash", lambda file: (hashed.append(file.suffix), file_hash(file))[1])
+    checked = corpus.stamps_in(first.path.parent)
+    assert tokenised(path, checked=checked) == first
+    assert not hashed
+    first.path.write_bytes(first.path.read_bytes()[::-1])
+    again = tokenised(path, checked=checked)
+    assert ".bin" in hashed
+    assert again == first
     np.testing.assert_array_equal(again.ids(), first.ids())
 
 

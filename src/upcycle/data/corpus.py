@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Annotated, Any, ClassVar
 
 import numpy as np
@@ -20,7 +22,7 @@ import numpy as np
 from upcycle.checkpoints.checkpoint import file_hash
 from upcycle.data.documents import PLAIN, Source, documents, files, kind
 from upcycle.data.pieces import Piece, batches, encode, pieces
-from upcycle.data.stamps import is_as_it_was, stamps
+from upcycle.data.stamps import Stamp, is_as_it_was, stamp, stamps
 from upcycle.errors import UpcycleError
 from upcycle.settings import Settings, Within
 from upcycle.system import panics, progress, whole_file
@@ -81,11 +83,19 @@ class Tokens:
         return np.fromfile(self.starts, _STARTS)
 
 
-def prepare(data: Data, source_folder: Path, cache: Path, *, vocab_size: int) -> list[Tokens]:
+def prepare(
+    data: Data,
+    source_folder: Path,
+    cache: Path,
+    *,
+    vocab_size: int,
+    checked: Mapping[str, Stamp] = MappingProxyType({}),
+) -> list[Tokens]:
     """Return the token file of each source; make it in the folder `cache` if it does not exist.
 
-    One process must call this first; the others then find the files. Raises `UpcycleError` for data or a
-    tokenizer that cannot be used.
+    One process must call this first; the others then find the files. What is found is read whole and compared
+    with its hash, unless it has the stamp with which another process has `checked` it. Raises `UpcycleError`
+    for data or a tokenizer that cannot be used.
     """
     words = tokenizer(data, source_folder)
     if len(words) > vocab_size:
@@ -96,7 +106,7 @@ def prepare(data: Data, source_folder: Path, cache: Path, *, vocab_size: int) ->
     made = []
     for source in data.sources:
         path = cache / f"{_key(source, data, words, vocab_size)}.bin"
-        tokens = _found(path, source, vocab_size)
+        tokens = _found(path, source, vocab_size, checked)
         if tokens is not None and data.isolate and tokens.starts is None:
             progress.say(
                 f"{path} does not say where documents begin, which data.isolate needs; it is made anew"
@@ -104,6 +114,11 @@ def prepare(data: Data, source_folder: Path, cache: Path, *, vocab_size: int) ->
             tokens = None
         made.append(tokens or _make(source, data, words, path, vocab_size))
     return made
+
+
+def stamps_in(cache: Path) -> dict[str, Stamp]:
+    """Return the stamps of the token files in a folder, by path."""
+    return stamps(path for kind in ("*.bin", "*.starts") for path in cache.glob(kind))
 
 
 def tokenizer(data: Data, source_folder: Path) -> Any:
@@ -151,7 +166,7 @@ def _dtype(vocab_size: int) -> str:
     return "<u2" if vocab_size <= 1 << 16 else "<u4"
 
 
-def _found(path: Path, source: Source, vocab_size: int) -> Tokens | None:
+def _found(path: Path, source: Source, vocab_size: int, checked: Mapping[str, Stamp]) -> Tokens | None:
     """Return an existing token file; None if it is missing or damaged."""
     try:
         known = json.loads(path.with_suffix(".json").read_text())
@@ -171,8 +186,9 @@ def _found(path: Path, source: Source, vocab_size: int) -> Tokens | None:
             return None
         if not _is_of(known.get("files", {}), source):
             return None
-        digest = file_hash(path)
-        starts = _starts_of(path, known)
+        trusted = "sha256" in known and stamp(path) == checked.get(str(path))
+        digest = known["sha256"] if trusted else file_hash(path)
+        starts = _starts_of(path, known, checked)
         # Files of older versions have no hash; their largest id detects the worst damage.
         whole = digest == known["sha256"] if "sha256" in known else int(tokens.ids().max()) == largest
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
@@ -184,11 +200,13 @@ def _found(path: Path, source: Source, vocab_size: int) -> Tokens | None:
     return replace(tokens, sha256=digest, starts=starts)
 
 
-def _starts_of(path: Path, known: dict[str, Any]) -> Path | None:
+def _starts_of(path: Path, known: dict[str, Any], checked: Mapping[str, Stamp]) -> Path | None:
     """Return the file of the first ids of documents, if it is there and as it was written."""
     starts = path.with_suffix(".starts")
-    whole = starts.is_file() and file_hash(starts) == known.get("starts_sha256")
-    return starts if whole else None
+    if not starts.is_file():
+        return None
+    trusted = stamp(starts) == checked.get(str(starts))
+    return starts if trusted or file_hash(starts) == known.get("starts_sha256") else None
 
 
 def _is_of(made_from: dict[str, Any], source: Source) -> bool:

@@ -176,9 +176,10 @@ def _text(path: Path, source: Source) -> Iterator[tuple[str, bool]]:
                 for document in whole:
                     yield document.strip("\n") if begins else document.rstrip("\n"), begins
                     begins = True
-                rest = rest.lstrip("\n") if begins else rest
             if not more:
-                yield rest.rstrip("\n") if source.separator else rest, begins
+                if source.separator:
+                    rest = rest.strip("\n") if begins else rest.rstrip("\n")
+                yield rest, begins
                 return
             # Cut at a line break or at whitespace, so that no word is split.
             cut = max(rest.rfind("\n", 0, -1), rest.rfind(" ", 0, -1) if "\n" not in rest else -1)
@@ -186,7 +187,7 @@ def _text(path: Path, source: Source) -> Iterator[tuple[str, bool]]:
                 cut = len(rest[:cut].rstrip("\n"))
             keep = len(source.separator or "")
             if len(rest) > _PIECE and 0 < cut < len(rest) - keep:
-                yield rest[:cut], begins
+                yield rest[:cut].lstrip("\n") if source.separator and begins else rest[:cut], begins
                 rest, begins = rest[cut:], False
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ import numpy as np
 from upcycle.data.corpus import Data
 from upcycle.data.documents import Source
 from upcycle.data.readings import Reading
+from upcycle.data.stamps import Stamp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,7 @@ class Feeding:
     cache: Path  # folder of prepared files: tokens, decoded images
     readings: tuple[Reading, ...] = ()  # where the sources are read on; empty: from their first rows
     setting: str = "train.sequence_length"  # what the user calls `length`, for messages
+    checked: Mapping[str, Stamp] = field(default_factory=dict)  # prepared files that another process checked
 
     @classmethod
     def of_file(

@@ -60,7 +60,9 @@ class TokenFeed:
 
     def __init__(self, feeding: Feeding, subject: Subject, make: Make) -> None:
         data, seed = feeding.data, feeding.seed
-        tokens = corpus.prepare(data, subject.folder, feeding.cache, vocab_size=subject.vocab_size)
+        tokens = corpus.prepare(
+            data, subject.folder, feeding.cache, vocab_size=subject.vocab_size, checked=feeding.checked
+        )
         weights = [source.weight for source in data.sources]
         self._batches = Batches(
             tokens,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from upcycle import tasks
 from upcycle.conversion.provenance import Hashes
-from upcycle.data import leaks, stamps
+from upcycle.data import corpus, leaks, stamps
+from upcycle.data.feeding import Feed
+from upcycle.data.readings import Reading
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, listed
 from upcycle.records.state import RunState
@@ -118,15 +120,23 @@ def ready(run: Run, begun: Start, task: Task, here: Ranks, checkpoint: Path | No
 
 
 def _feeds(course: Course, task: Task, begun: Start, here: Ranks) -> Feeds:
-    """Open the data of all stages. The first rank prepares the files; the others wait and then find them."""
+    """Open the data of all stages.
 
-    def opened() -> Feeds:
-        return Feeds(course, lambda run, readings: task.feed(run.feeding(task, readings), begun.subject))
+    The first rank prepares the files, and checks those that are there. The others wait, and check a file only
+    if they do not see the one that it has checked.
+    """
 
-    if here.first:
-        feeds = opened()
-    here.barrier()
-    return feeds if here.first else opened()
+    def opened(checked: Mapping[str, stamps.Stamp]) -> Feeds:
+        def feed(run: Run, readings: tuple[Reading, ...]) -> Feed:
+            return task.feed(replace(run.feeding(task, readings), checked=checked), begun.subject)
+
+        return Feeds(course, feed)
+
+    if not here.first:
+        return opened(here.share(None))
+    feeds, caches = opened({}), {leg.run.feeding(task).cache for leg in course.legs}
+    here.share({name: stamp for cache in caches for name, stamp in corpus.stamps_in(cache).items()})
+    return feeds
 
 
 def _first_state(trainee: Trainee, hashes: Hashes | None) -> RunState:
