@@ -17,6 +17,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForCTC
 
 import tiny
 import upcycle
@@ -25,6 +26,7 @@ from promises import MOE, claims
 from upcycle import Recipe, UpcycleError, blueprint, convert, families, plan, verify
 from upcycle.families._encoder import Encoder
 from upcycle.hf import models
+from upcycle.hf.autos import autos
 from upcycle.inspection import inspect
 from upcycle.nn import MoE, routers
 from upcycle.training import recomputing
@@ -1000,3 +1002,31 @@ def test_what_is_upcycled_already_is_no_source(made, tmp_path):
 def test_families_without_a_native_say_so(case, made):
     with pytest.raises(UpcycleError, match=r"no native MoE has its blocks; use moe.target = upcycled"):
         blueprint(made(case), Recipe.of())
+
+
+def test_mappings_of_transformers_can_be_listed_beside_an_upcycled_model(dense, tmp_path):
+    """transformers lists them for whoever asks for a class that a config does not have."""
+    moe = tmp_path / "moe"
+    convert(dense("llama"), moe, {"moe": {"num_experts": 4, "target": "upcycled"}})
+    opened = AutoModelForCausalLM.from_pretrained(moe)
+    mapping = AutoModelForCausalLM._model_mapping
+    assert type(opened.config) in mapping.keys()  # noqa: SIM118 (its `in` looks a name up)
+    assert type(opened) in mapping.values()
+    for auto in autos():
+        auto._model_mapping.keys()
+    with pytest.raises(ValueError, match="Unrecognized configuration class"):
+        AutoModelForCTC.from_pretrained(dense("llama"))
+
+
+def test_what_a_checkpoint_lacks_of_a_layer_is_drawn_and_the_rest_is_kept(dense, tmp_path):
+    moe = tmp_path / "moe"
+    convert(dense("llama"), moe, {"moe": {"num_experts": 4, "target": "upcycled"}})
+    whole = load_file(moe / "model.safetensors")
+    lost = ("model.layers.1.mlp.router.weight", "model.layers.2.mlp.experts.down_proj")
+    kept = {name: tensor for name, tensor in whole.items() if name not in lost}
+    save_file(kept, moe / "model.safetensors", metadata={"format": "pt"})
+    found = AutoModelForCausalLM.from_pretrained(moe).state_dict()
+    for name in lost:
+        assert 0.01 < float(found[name].std()) < 0.04
+        assert float(found[name].abs().max()) < 0.2
+    assert all(torch.equal(found[name], tensor) for name, tensor in kept.items())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.core_model_loading import WeightRenaming
+from transformers.initialization import guard_torch_init_functions
 
 from upcycle.checkpoints import hub
 from upcycle.errors import UpcycleError, cut
@@ -39,6 +41,15 @@ class UpcycledModel:
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True
+
+    def initialize_weights(self) -> None:
+        """Draw what a checkpoint lacks, also of MoE layers, which the dense class does not know."""
+        layers = [m for m in self.modules() if isinstance(m, MoE)]  # type: ignore[attr-defined]
+        lacking = [layer for layer in layers if not getattr(layer, "_is_hf_initialized", False)]
+        super().initialize_weights()  # type: ignore[misc]
+        with guard_torch_init_functions():  # which leaves alone what was loaded
+            for layer in lacking:
+                layer.reset_parameters(getattr(self.config, "initializer_range", 0.02))  # type: ignore[attr-defined]
 
     def _prepare_decoder_input_ids_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """Take a prompt as the dense class takes it, which transformers knows by its model_type (Whisper)."""
@@ -183,6 +194,9 @@ def register_models(model_type: str) -> None:
             # Trainer and pipelines know a model's task by the names of its classes.
             names = tuple(cls.__name__ for cls in own)
             auto._model_mapping._model_mapping[made.model_type] = names if len(names) > 1 else names[0]
+            # Whoever lists the mapping looks the classes up in a module of the model_type; ours have none.
+            module = SimpleNamespace(**{cls.__name__: cls for cls in (made, *own)})
+            auto._model_mapping._modules[made.model_type.replace("-", "_")] = module
 
 
 def open(folder: str | Path, **options: Any) -> PreTrainedModel:
