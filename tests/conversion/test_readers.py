@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from upcycle import Recipe, convert, families, verify
+from upcycle import Recipe, UpcycleError, convert, families, verify
 from upcycle.checkpoints import carried
 from upcycle.conversion import tokenizer
 from upcycle.families._wrappers import WRAPPERS
@@ -192,6 +192,10 @@ def test_everything_that_goes_with_a_model_is_carried_and_no_code_is_run(dense, 
     assert lines_of(source, tmp_path / "moe")["files"][0]
     (tmp_path / "moe" / "2_Dense" / "rogue.py").write_text("x")
     assert "2_Dense/rogue.py" in lines_of(source, tmp_path / "moe")["files"][1]
+    (source / "2_Dense" / "model.safetensors").unlink()
+    with pytest.raises(UpcycleError, match=r"2_Dense/pytorch_model\.bin is a pickle, .* writes safetensors"):
+        convert(source, tmp_path / "lost", Recipe.of(moe=MOE))
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("lost")]
 
 
 def test_the_rules_by_which_tokenizers_are_opened_are_those_of_transformers():

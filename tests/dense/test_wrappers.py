@@ -87,7 +87,8 @@ def test_images_and_text_get_the_same_answers(case, made, tmp_path):
         assert torch.equal(parameter, loaded.get_parameter(name)), name
     proof = verify(source, tmp_path / "moe")
     assert proof.holds, proof.checks
-    assert len(upcycle.inspect(tmp_path / "moe").blocks) == 2
+    for folder in ("moe", "again"):  # transformers does not transpose the experts that it saves
+        assert len(upcycle.inspect(tmp_path / folder).blocks) == 2
 
 
 def test_the_text_model_has_the_key_that_vllm_reads(made):

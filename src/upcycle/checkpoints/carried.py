@@ -73,9 +73,16 @@ def carried(folder: Path) -> list[str]:
     """Return those of the files that may be copied.
 
     A link is followed only inside the folder, or from a snapshot of the hub's cache to its own blobs. Any
-    other link is refused.
+    other link is refused, and so is a module whose weights are only there as a pickle.
     """
     names = carriable(folder)
+    for name in folders(folder):
+        pickled = folder / name / "pytorch_model.bin"
+        if pickled.is_file() and not pickled.with_name("model.safetensors").is_file():
+            raise UpcycleError(
+                f"{pickled} is a pickle, which may run code when it is read; open the model once with "
+                f"sentence-transformers and save it, which writes safetensors"
+            )
     if outside := [name for name in names if not _stays(folder, folder / name)]:
         link = next(p for p in (folder / outside[0], *(folder / outside[0]).parents) if p.is_symlink())
         raise UpcycleError(

@@ -225,9 +225,16 @@ class FusedAcross(Fused):
         }
 
     def read(self, tensors: Mapping[str, Lazy]) -> list[FeedForward]:
-        """Return the experts among the tensors of a layer, given by their names below its prefix."""
-        stored = (name for name in (self.gate_up, self.down) if name in tensors)
-        return super().read({name: Transposed(tensors[name]) for name in stored})
+        """Return the experts among the tensors of a layer, given by their names below its prefix.
+
+        `save_pretrained` of transformers writes matrices that are not transposed; a model never has both.
+        """
+        stored = {name: tensors[name] for name in (self.gate_up, self.down) if name in tensors}
+        if len(stored) == 2:
+            (_, rows, hidden), (_, outputs, inner) = (tensor.shape for tensor in stored.values())
+            if (rows, hidden) == (2 * inner, outputs):
+                return super().read(stored)
+        return super().read({name: Transposed(tensor) for name, tensor in stored.items()})
 
     def fuse(self, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
         """Return a layer's tensors with its experts as transformers holds them: [E, 2I, H] and [E, H, I]."""
