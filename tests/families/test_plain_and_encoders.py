@@ -182,6 +182,13 @@ def test_a_deeper_model_keeps_a_head_that_no_family_lists(name, tmp_path):
     assert plan(source, recipe).total_parameters == sum(t.size for t in after.values())
 
 
+def test_a_modernbert_cannot_be_deeper(tmp_path):
+    """Its first block has no norm before attention, so it is like no other block."""
+    source = tiny.make(tmp_path / "dense", "ModernBertForMaskedLM")
+    with pytest.raises(UpcycleError, match="its blocks cannot be repeated; give another moe.target"):
+        plan(source, Recipe.of(moe={"target": "depth_tiled"}))
+
+
 def test_a_mask_of_samples_is_not_one_of_frames(tmp_path):
     """Routers learn which positions are padding from a mask of as many positions, and from no other."""
     source = tiny.make(tmp_path / "dense", "WhisperForConditionalGeneration")

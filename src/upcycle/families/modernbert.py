@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from upcycle.errors import UpcycleError
 from upcycle.families import Config, Stack, Weights
@@ -85,6 +86,12 @@ class ModernBert(Encoder):
         if kinds[layer] == "full_attention" if kinds else layer % every == 0:
             return length
         return min(length, config.get("local_attention", 128) // 2 * 2 + 1)  # half of it on either side
+
+    def repeated(self, config: Config, raw: Mapping[str, Any], times: int) -> Config:
+        raise UpcycleError(
+            "the first block of a modernbert lacks a norm that all others have, so its blocks cannot be "
+            "repeated; give another moe.target"
+        )
 
     def head(self, config: Config) -> Weights:
         return {}
