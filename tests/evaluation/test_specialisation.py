@@ -17,6 +17,8 @@ import tiny
 import upcycle
 from marks import sampled
 from upcycle import Recipe, cli, convert, families
+from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.dense import fingerprint
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.patches import Patches
@@ -213,6 +215,8 @@ def test_the_command_line(mixtral, texts, trainable, tmp_path, capsys):
     assert "on stories, loud" in said
     assert "layer 4, expert 3:" in said
     kept = json.loads((mixtral / "routing.json").read_text())
+    with Checkpoint.open(mixtral) as opened:
+        assert kept["weights"] == fingerprint.of_weights(opened)
     assert [d["name"] for d in kept["domains"]] == ["stories", "loud"]
     assert not [*mixtral.glob("*.partial")]
     for arguments, message in (

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM
 import upcycle
 from tiny_mixtures import NAMES, make_mixture
 from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.dense import fingerprint
 from upcycle.errors import UpcycleError
+from upcycle.forecast import activations
 from upcycle.training.run import Run
 
 IDS = torch.randint(3, 96, (4, 24), generator=torch.Generator().manual_seed(1))
@@ -185,6 +187,33 @@ def test_the_most_used_experts_are_copied_layer_by_layer(mixture, tmp_path):
     routing(tmp_path, [[0.7, 0.1, 0.1, 0.1]])
     with pytest.raises(UpcycleError, match="routing of the 4 experts of layer 1"):
         upcycle.plan(source, {"grow": grow})
+
+
+def test_the_routing_of_other_weights_is_refused(mixture, tmp_path):
+    """What `inspect` writes says of which weights it is; older files do not."""
+    source, other = mixture("mixtral"), mixture("mixtral", vocab_size=112)
+    file = routing(tmp_path, [[0.7, 0.1, 0.1, 0.1]] * 2)
+    grow = {"choose": "utility", "statistics": str(file), "experts": 6, "top_k": 3}
+    table = json.loads(file.read_text())
+    for folder, refused in ((source, False), (other, True)):
+        with Checkpoint.open(folder) as of:
+            file.write_text(json.dumps({**table, "weights": fingerprint.of_weights(of)}))
+        if refused:
+            with pytest.raises(UpcycleError, match="is of other weights than those in"):
+                upcycle.plan(source, {"grow": grow})
+        else:
+            assert upcycle.plan(source, {"grow": grow}).num_experts == 6
+
+
+def test_a_dense_layer_beside_experts_keeps_as_much_as_it_is_wide(mixture):
+    """It is wider than the experts of the source, which are what its family calls the width."""
+    found = {}
+    for width in (48, 480):
+        source = mixture("qwen3_moe", mlp_only_layers=[1], intermediate_size=width)
+        built = upcycle.blueprint(source, {"grow": {"factor": 2}})
+        (stack,) = built.dense.stacks
+        found[width] = activations.block_bytes(built, stack, 1)
+    assert found[480] - found[48] == 8 * (480 - 48)
 
 
 def test_dense_layers_get_experts_and_keep_the_function(mixture, tmp_path):

@@ -31,9 +31,10 @@ from upcycle.data.corpus import Data, Source
 from upcycle.records.metrics import StepMetrics
 from upcycle.records.state import RunState
 from upcycle.sharding.layout import Layout
-from upcycle.system import lock, whole_file
+from upcycle.system import lock, progress, whole_file
 from upcycle.system.signals import held
-from upcycle.training import fit, metrics, micro_batch, run_folder, saving, start
+from upcycle.training import beginning, fit, metrics, micro_batch, run_folder, saving, start
+from upcycle.training.course import Course
 from upcycle.training.export import export
 from upcycle.training.identity import identity_of
 from upcycle.training.loop import train
@@ -137,6 +138,25 @@ def test_all_ranks_go_on_from_the_checkpoint_that_the_first_one_sees(table: Tabl
     here = Second(rank=1, device=torch.device("cpu"))
     with run_folder.claimed(Run.of(table(train={"steps": 3})), [], here, resume=True) as checkpoint:
         assert checkpoint == newest
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_speaks_of_the_data(rank: int, table: Table) -> None:
+    class Told(Ranks):
+        def share(self, value: Any) -> Any:
+            return value or {}
+
+    class Saying:
+        cache_name = "tokens"
+
+        def feed(self, feeding: Any, subject: Any) -> Any:
+            progress.say("there are chats")
+
+    heard: list[str] = []
+    here = Told(rank=rank, device=torch.device("cpu"))
+    with progress.reporting_to(SimpleNamespace(say=heard.append)):
+        beginning._feeds(Course(Run.of(table())), Saying(), SimpleNamespace(subject=None), here)
+    assert heard == ["there are chats"] * (rank == 0)
 
 
 def test_what_a_kill_left_is_cleared_away(table: Table) -> None:

@@ -153,6 +153,25 @@ def test_models_as_tables_and_revisions(tmp_path):
     assert made.table["init"]["expert"] == [{"adapter": "owner/lora"}, {"source": "owner/other@v2"}]
 
 
+def test_the_experts_of_a_base_with_an_adapter(tmp_path):
+    """The base is the merged model: nothing is merged into it twice, and its bare checkpoint is another."""
+    text = """
+    base_model: owner/base+owner/lora
+    gate_mode: random
+    experts:
+      - source_model: owner/base+owner/lora
+      - source_model: owner/base
+      - source_model: owner/base+owner/other
+    """
+    made = upcycle.translate(written(tmp_path, text))
+    assert made.table["init"]["expert"] == [
+        {},
+        {"source": "owner/base"},
+        {"source": "owner/base", "adapter": "owner/other"},
+    ]
+    assert "name the merged folder in place of owner/base" in " ".join(made.remarks)
+
+
 def test_numbers_that_yaml_reads_as_text(named, tmp_path):
     """mergekit-moe takes `1e-3` for a number, and refuses words."""
     text = DOCUMENTED.format(mode="random", **named).replace("0.01", "1e-2").replace("0.5", "5e-1")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from upcycle import families
+from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.checkpoints.header import TensorInfo
 
 if TYPE_CHECKING:
     from upcycle.dense.source import Dense
@@ -35,11 +38,23 @@ def of(dense: Dense) -> dict[str, str]:
     }
     if all(file.is_file() for file in dense.checkpoint.files):
         content = hashlib.sha256()
-        for _, info in infos:
-            for start in (0, max(0, info.nbytes - _EDGE)):
-                content.update(dense.checkpoint.pread(info, start, min(info.nbytes, start + _EDGE)).data)
+        _add_edges(content, dense.checkpoint, (info for _, info in infos))
         found["content"] = content.hexdigest()
     return found
+
+
+def of_weights(checkpoint: Checkpoint) -> str:
+    """Return the SHA-256 of the tensors of any checkpoint: names, shapes, dtypes, bytes at both ends."""
+    infos = [info for _, info in sorted(checkpoint.tensors.items())]
+    content = hashlib.sha256(json.dumps([[i.name, list(i.shape), i.dtype] for i in infos]).encode())
+    _add_edges(content, checkpoint, infos)
+    return content.hexdigest()
+
+
+def _add_edges(content: Any, checkpoint: Checkpoint, infos: Iterable[TensorInfo]) -> None:
+    for info in infos:
+        for start in (0, max(0, info.nbytes - _EDGE)):
+            content.update(checkpoint.pread(info, start, min(info.nbytes, start + _EDGE)).data)
 
 
 def _hash(data: bytes) -> str:

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from upcycle.checkpoints.checkpoint import read_json
+from upcycle.checkpoints.checkpoint import Checkpoint, read_json
 from upcycle.data.corpus import read_tokenizer
 from upcycle.data.documents import Source
+from upcycle.dense import fingerprint
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.batch_size import BatchSize
@@ -120,6 +121,7 @@ class Specialisation:
     """The observations of a model: every MoE layer, in order."""
 
     folder: Path
+    weights: str  # a hash that identifies those of the model
     about: list[RoutingDomain]
     kind: Literal["text", "images"]
     names: Mapping[int, str]  # the texts of the favourite tokens
@@ -129,7 +131,7 @@ class Specialisation:
     def record(self) -> RoutingRecord:
         """Return the record for routing.json."""
         layers = tuple(_told(layer, self.names) for layer in self.layers)
-        return RoutingRecord(kind=self.kind, domains=tuple(self.about), layers=layers)
+        return RoutingRecord(kind=self.kind, weights=self.weights, domains=tuple(self.about), layers=layers)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON of routing.json."""
@@ -199,8 +201,11 @@ def specialisation(
                 watch = partial(_watch, model, routers, layers, name, rows, subject)
                 BatchSize(asked.batch_size).over(chosen[name].tolist(), watch, advance=watching.advance)
         names = _names(subject, layers) if asked.text else {}
+    with Checkpoint.open(folder, allow_nonfinite=True) as opened:
+        weights = fingerprint.of_weights(opened)
     return Specialisation(
         folder=folder,
+        weights=weights,
         about=[_about(name, rows, len(chosen[name])) for name, rows in sets.items()],
         kind="text" if asked.text else "images",
         names=names,

@@ -32,7 +32,7 @@ def block_bytes(built: Blueprint, stack: Stack, layer: int) -> float:
     beside = float(beside_network(built, stack, convnet_scales=not network.response()))
     site = site_of(built, stack, layer)
     if site is None:
-        return beside + neuron * stack.width + 8
+        return beside + neuron * network.width + 8
     row = built.dense.family.lengths(built.dense.config)[site.stack]
     for count, width, chosen in experts(built, site, row):
         beside += chosen * (4 * site.hidden + neuron * width + 40) + 4 * count
@@ -86,11 +86,10 @@ def costly(setting: Setting, stack: Stack, layer: int) -> float:
     numbers = float(2 * heads * size + keys + stack.hidden) if heads else 0.0
     if layer not in stack.numbers:
         return width * numbers / setting.layout.tp + 4 * (heads or 0)
-    gate = built.dense.feed_forward(layer, stack.name).gate is not None
-    site = site_of(built, stack, layer)
-    up = 2 if gate else 1
+    network, site = built.dense.feed_forward(layer, stack.name), site_of(built, stack, layer)
+    up = 1 if network.gate is None else 2
     if site is None:
-        numbers += up * stack.width + stack.hidden
+        numbers += up * network.width + stack.hidden
     else:
         for count, neurons, chosen in experts(built, site, setting.lengths[stack.name]):
             numbers += count + chosen * (up * neurons + stack.hidden)
@@ -108,9 +107,10 @@ def alive_in_network(setting: Setting, stack: Stack, layer: int) -> tuple[float,
     if layer not in stack.numbers:
         return 0.0, 0.0
     site = site_of(setting.built, stack, layer)
-    gate = setting.built.dense.feed_forward(layer, stack.name).gate is not None
+    network = setting.built.dense.feed_forward(layer, stack.name)
+    gate = network.gate is not None
     if site is None:
-        networks = [(stack.width, 1.0)]
+        networks = [(network.width, 1.0)]
     else:
         sets = experts(setting.built, site, setting.lengths[stack.name])
         networks = [(width, chosen) for _, width, chosen in sets]

@@ -30,9 +30,9 @@ Spread = Literal["down", "sqrt", "cube_root"]
 class Growth:
     """The growth of an MoE layer of the source: which of its experts each expert is, by number.
 
-    The first ones are the source's own, in order, and copies follow. `exact` is true if the layer computes
-    what it did, and `cancels` if it does so because noise of opposite signs cancels, which takes a type that
-    rounds little.
+    The source's own come first, in order, and copies follow; noise may be on both. `exact` is true if the
+    layer computes what it did, and `cancels` if it does so because noise of opposite signs cancels, which
+    takes a type that rounds little.
     """
 
     parents: tuple[int, ...]

@@ -50,5 +50,6 @@ class RoutingRecord(Document):
 
     format: int = Document.FORMAT
     kind: str  # text or images
+    weights: str | None = sometimes()  # a hash that identifies those of the model; none in older files
     domains: tuple[RoutingDomain, ...]
     layers: tuple[RoutingLayer, ...]

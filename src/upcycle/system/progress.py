@@ -72,8 +72,8 @@ class _SilentWork:
         pass
 
 
-_UNHEARD = Unheard()
-_listener: ContextVar[Progress] = ContextVar("upcycle_progress", default=_UNHEARD)
+UNHEARD = Unheard()
+_listener: ContextVar[Progress] = ContextVar("upcycle_progress", default=UNHEARD)
 
 
 @contextmanager

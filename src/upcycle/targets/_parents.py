@@ -6,6 +6,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.dense import fingerprint
 from upcycle.dense.mixtures import Mixture
 from upcycle.errors import UpcycleError
 from upcycle.init import Growth
@@ -52,6 +54,12 @@ def _loads(source: Mixture, grow: Grow, layer: int) -> tuple[float, ...]:
     """Return each expert's share of the tokens of a layer, as routing.json has it."""
     path = Path(grow.statistics)
     record = _routing(path, path.stat().st_mtime_ns if path.is_file() else 0)
+    own = _weights(source.checkpoint)
+    if None not in (own, record.weights) and own != record.weights:
+        raise UpcycleError(
+            f"grow.statistics: {path} is of other weights than those in {source.checkpoint.folder}; make it "
+            f"with `upcycle inspect {quoted(source.checkpoint.folder)} --text NAME=FILE`"
+        )
     found = [row.load for row in record.layers if row.layer == layer]
     if len(found) != 1 or len(found[0]) != source.num_experts:
         raise UpcycleError(
@@ -59,6 +67,13 @@ def _loads(source: Mixture, grow: Grow, layer: int) -> tuple[float, ...]:
             f"{layer}; make it with `upcycle inspect {quoted(source.checkpoint.folder)} --text NAME=FILE`"
         )
     return found[0]
+
+
+@once(maxsize=2)
+def _weights(checkpoint: Checkpoint) -> str | None:
+    """Return what identifies the weights; None if only headers are here."""
+    here = all(file.is_file() for file in checkpoint.files)
+    return fingerprint.of_weights(checkpoint) if here else None
 
 
 @once(maxsize=2)

@@ -1,10 +1,11 @@
 """Growth: a Mixture of Experts with more experts than its source has (Expert Upcycling, arXiv 2604.19835).
 
-Experts e = 0, 1, ..., E - 1 of a layer stay as they are, and copies follow. A copy has the row of the router
-of its expert, so a token scores all m copies of an expert alike. A softmax over m E scores gives each of them
-a share of 1 / m, and so does a softmax over the chosen ones. So a token that takes the m k best ones takes
-all copies of its k best experts, with weights that sum to the weight that each had, whether the weights are
-renormalised or not. With fewer than m k, it takes copies of one expert in place of other experts.
+The experts e = 0, 1, ..., E - 1 of a layer come first, and copies follow. Without noise all are the source's;
+with it, an expert and its copy may have noise of opposite signs (`_opposite`). A copy has the row of the
+router of its expert, so a token scores all m copies of an expert alike. A softmax over m E scores gives each
+of them a share of 1 / m, and so does a softmax over the chosen ones. So a token that takes the m k best ones
+takes all copies of its k best experts, with weights that sum to the weight that each had, whether the weights
+are renormalised or not. With fewer than m k, it takes copies of one expert in place of other experts.
 """
 
 from __future__ import annotations

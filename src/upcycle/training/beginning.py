@@ -133,7 +133,8 @@ def _feeds(course: Course, task: Task, begun: Start, here: Ranks) -> Feeds:
         return Feeds(course, feed)
 
     if not here.first:
-        return opened(here.share(None))
+        with progress.reporting_to(progress.UNHEARD):  # the first one says it for all
+            return opened(here.share(None))
     feeds, caches = opened({}), {leg.run.feeding(task).cache for leg in course.legs}
     here.share({name: stamp for cache in caches for name, stamp in corpus.stamps_in(cache).items()})
     return feeds

@@ -120,13 +120,14 @@ def translate(path: str | Path) -> Translation:
     Raises `UpcycleError` for a file that is none, and for one that mergekit-moe itself would refuse.
     """
     config, remarks = _read(Path(path))
-    source, adapter = _parts(config.base_model)
+    base = source, adapter = _parts(config.base_model)
     if adapter:
         remarks.append(
-            f"base_model has an adapter ({adapter}): merge it into {source} first (merge_and_unload of peft)"
+            f"base_model has an adapter ({adapter}): merge it into {source} first (merge_and_unload of "
+            f"peft), and name the merged folder in place of {source} in the commands"
         )
     _refuse_prompts(config)
-    experts = [_expert(number, expert, source, remarks) for number, expert in enumerate(config.experts)]
+    experts = [_expert(number, expert, base, remarks) for number, expert in enumerate(config.experts)]
     table = {
         **_dtype(config, remarks),
         "moe": {"num_experts": len(experts), "top_k": config.experts_per_token, **_moe(config, remarks)},
@@ -227,13 +228,13 @@ def _refuse_prompts(config: _Config) -> None:
         )
 
 
-def _expert(number: int, expert: _Expert, source: str, remarks: list[str]) -> dict[str, Any]:
-    """Return the table of an expert."""
-    checkpoint, adapter = _parts(expert.source_model)
+def _expert(number: int, expert: _Expert, base: tuple[str, str], remarks: list[str]) -> dict[str, Any]:
+    """Return the table of an expert. `base` has checkpoint and adapter of the base model, to be merged."""
+    own = checkpoint, adapter = _parts(expert.source_model)
     table: dict[str, Any] = {}
-    if checkpoint != source:
+    if checkpoint != base[0] or (base[1] and own != base):
         table["source"] = checkpoint
-    if adapter:
+    if adapter and own != base:
         table["adapter"] = adapter
     if expert.noise_scale:
         table |= {"noise": expert.noise_scale, "noise_relative": False}
