@@ -303,6 +303,29 @@ def test_images_are_paired(tmp_path):
     assert (row["kind"], row["units"], row["count"]) == ("few_shot", "seeds", 5)
 
 
+def test_a_probe_knows_classes_by_their_names(tmp_path):
+    """The sets number their classes for themselves."""
+
+    def colours(name: str, classes: dict[str, tuple[int, int, int]]) -> Path:
+        random = np.random.default_rng(0)
+        for label, colour in classes.items():
+            (tmp_path / name / label).mkdir(parents=True)
+            for i in range(6):
+                pixels = np.clip(np.array(colour) + random.integers(0, 9, (12, 12, 3)), 0, 255)
+                Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / name / label / f"{i}.png")
+        return tmp_path / name
+
+    known = {"blue": (0, 0, 240), "green": (0, 240, 0), "red": (240, 0, 0)}
+    fitted = colours("fitted", known)
+    some = colours("some", {name: known[name] for name in ("green", "red")})
+    folder = make(tmp_path / "vit", "ViTForImageClassification")
+    found = score(folder, ToScore(images=some, shots=fitted, per_class=4)).results[0]
+    assert found.metrics["accuracy"].value == 1.0
+    other = colours("other", {"green": known["green"], "yellow": (240, 240, 0)})
+    with pytest.raises(UpcycleError, match=r"has the class 'yellow', and .*fitted, which the probe"):
+        score(folder, ToScore(images=other, shots=fitted, per_class=4))
+
+
 # A model without numbers
 
 

@@ -532,6 +532,8 @@ def test_classes_are_those_that_the_head_has_by_name(data, tmp_path):
         (["a b", "c", "d"], ["a_b", "c", "d"], "class 'a_b', and .* has 'a b', which is not the same"),
         (["red", "red", "blue"], ["red", "blue"], "class 'red', and .* has 2 of that name"),
         (["LABEL_0", "LABEL_1", "LABEL_2"], ["red", "green", "yellow"], None),
+        (["LABEL_0", "LABEL_1", "LABEL_2"], ["red", "green"], "2 classes with names and .* head 3 without"),
+        (["LABEL_0", "LABEL_1", "LABEL_2"], ["0", "1"], None),
         (["red", "green", "blue"], ["0", "1", "2"], None),
         (["red", "green", "blue"], ["1", "2", "3"], "class '1', and .* has red"),
     ],

@@ -19,6 +19,7 @@ from upcycle.evaluation.probe import few_shot
 from upcycle.evaluation.results import Metric, Result, data_of
 from upcycle.evaluation.to_score import ToScore
 from upcycle.system import progress
+from upcycle.tasks._labelled import as_fitted
 from upcycle.tasks.image_classification import ImageClassification
 
 
@@ -27,10 +28,13 @@ def score(
 ) -> Result:
     """Return the accuracy of probes fitted on `shots` and tested on `images`; the units are the seeds."""
     task = ImageClassification()
-    sets = [task.images(str(path), subject, cache, any_classes=True) for path in (shots, images)]
+    fitted_on, tested_on = (
+        task.images(str(path), subject, cache, any_classes=True) for path in (shots, images)
+    )
+    sets = (fitted_on, as_fitted(tested_on, fitted_on))
     size = BatchSize.of(subject.settings, model.device, fixed=asked.batch_size)
     fit, test = (_seen(model, found, task.augmentation(subject), size, asked.limit) for found in sets)
-    fitted = few_shot(*fit, *test, num_classes=max(s.num_labels for s in sets), per_class=asked.per_class)
+    fitted = few_shot(*fit, *test, num_classes=fitted_on.num_labels, per_class=asked.per_class)
     sums = Sums.mean(np.array(fitted.accuracies), "seeds")
     return Result(
         kind="few_shot",

@@ -12,7 +12,7 @@ import numpy as np
 from upcycle.data.class_labels import NamesOfNumbers
 from upcycle.data.corpus import Data
 from upcycle.data.documents import Source
-from upcycle.data.examples import Examples, Labelled
+from upcycle.data.examples import Examples, Labelled, refuse_other_classes
 from upcycle.data.feeding import Feed, Feeding
 from upcycle.data.leaks import shared
 from upcycle.errors import UpcycleError, listed
@@ -103,8 +103,8 @@ def as_the_head(found: Set, subject: Subject) -> Set:
 
     If both have class names, the names decide; capital letters in them do not count. Otherwise the numbers
     stay. So do numbers whose names are all foreign to the head, if it has as many classes; a warning says
-    what they become. Raises `UpcycleError` for more classes than the head has, or for a class that it does
-    not know.
+    what they become. Raises `UpcycleError` for more classes than the head has, for a class that it does not
+    know, and for fewer named classes than a head without names has.
     """
     if found.num_labels > subject.num_labels:
         raise UpcycleError(
@@ -116,11 +116,16 @@ def as_the_head(found: Set, subject: Subject) -> Set:
     if not names or not known or names == known:
         return found
     if (places := _places(names, known)) is not None:
-        labels = np.array(places)[found.labels]
-        return replace(found, labels=labels, class_names=type(names)(known), num_labels=len(known))
-    if _only_numbers(names) or _only_numbers(known):
-        return found
+        return _renumbered(found, places, known)
     numbered = isinstance(names, NamesOfNumbers)
+    if _only_numbers(names) or (_only_numbers(known) and (numbered or len(names) == len(known))):
+        return found
+    if _only_numbers(known):
+        raise UpcycleError(
+            f"{found.name} has {len(names)} classes with names and the model's head {len(known)} without "
+            f"(id2label in its config.json), so nobody can tell which is which; give the head its names, or "
+            f"data with all of its classes"
+        )
     if numbered and _foreign(names, known):
         progress.warn(
             f"{found.name} numbers its classes, and the model's head has other names for all of them, so the "
@@ -134,6 +139,31 @@ def as_the_head(found: Set, subject: Subject) -> Set:
         f"config.json); call the classes what it calls them, {without}or in a new run, set task.classes for "
         f"a new head"
     )
+
+
+def as_fitted(found: Set, fitted: Set) -> Set:
+    """Return examples with labels renumbered to those of the set that a classifier was fitted on.
+
+    If both have class names, the names decide. Raises `UpcycleError` for a class that `fitted` does not have.
+    """
+    names, known = found.class_names, fitted.class_names
+    if not names or not known:
+        refuse_other_classes(fitted, found)
+        return found
+    if (places := _places(names, known)) is None:
+        odd = _odd(names, known)
+        raise UpcycleError(
+            f"{found.name} has the class {odd!r}, and {fitted.name}, which the probe is fitted on, "
+            f"{_instead(odd, known)}; give two sets with the same names of classes"
+        )
+    return _renumbered(found, places, known)
+
+
+def _renumbered(found: Set, places: Sequence[int], known: Sequence[str]) -> Set:
+    """Return examples with the class number `i` as `places[i]`, its place in `known`."""
+    names = type(found.class_names)(known)
+    labels = np.array(places)[found.labels]
+    return replace(found, labels=labels, class_names=names, num_labels=len(known))
 
 
 def _places(names: Sequence[str], known: Sequence[str]) -> list[int] | None:
