@@ -3,6 +3,7 @@
 import difflib
 import unicodedata
 from collections.abc import Collection, Iterable
+from numbers import Integral
 
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, surrogates, line and paragraph separators
 
@@ -14,6 +15,12 @@ class UpcycleError(Exception):
     """
 
     elsewhere = False  # whether another process of the run says it
+
+
+def refuse_fraction(name: str, given: object) -> None:
+    """Raise `UpcycleError` if what was given for an option is neither a whole number nor None."""
+    if given is not None and (not isinstance(given, Integral) or isinstance(given, bool)):
+        raise UpcycleError(f"{name} {shown(given)}; it must be a whole number")
 
 
 def listed(names: list[str], most: int = 3) -> str:

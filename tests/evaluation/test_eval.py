@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tiny import make, make_bytes_tokenizer, make_dense
 from upcycle import Recipe, UpcycleError, convert, verify
+from upcycle.calibration.to_calibrate import ToCalibrate
 from upcycle.cli import main
 from upcycle.evaluation import results, text
 from upcycle.evaluation.batch_size import BatchSize
@@ -173,7 +175,7 @@ def test_a_long_document_is_scored_like_the_whole(byte_model, tmp_path, monkeypa
     pieces = evaluate(byte_model, asked)
     assert pieces["bytes"] == whole["bytes"] == len(words)
     assert pieces["loss"] == pytest.approx(whole["loss"], rel=1e-4)
-    assert pieces["passages"] == whole["passages"] == math.ceil(len(words) / text.PASSAGE)
+    assert pieces["passages"] == whole["passages"] == len(words) // text.PASSAGE
 
 
 def test_no_bos_is_eos_and_neither_is_an_error(byte_model, story, tmp_path):
@@ -252,6 +254,28 @@ def test_other_tokenizers_are_compared_by_bits_per_byte_alone(trainable, byte_mo
     note, why = cut["notes"]
     assert note == f"{folder} and {byte_model} {what}; bits per byte can"
     assert "under --limit" in why
+
+
+@pytest.mark.parametrize("given", [{"limit": 1.5}, {"length": "12"}, {"batch_size": True}])
+def test_numbers_that_are_not_whole(given, tmp_path):
+    ((name, value),) = given.items()
+    said = f"--{name.replace('_', '-')} {value!r}; it must be a whole number"
+    with pytest.raises(UpcycleError, match=re.escape(said)):
+        ToScore(text=tmp_path / "a.txt", **given)
+    with pytest.raises(UpcycleError, match=re.escape(said)):
+        ToCalibrate(text=tmp_path / "a.txt", **given)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_word_across_the_end_of_a_passage_is_compared(several, byte_model, trainable, tmp_path):
+    """One tokenizer begins a token after the 4096th character, and the other does not."""
+    text = " ".join(["happy"] * 683)
+    assert text.rindex("h") < 4096 == len(text) - 1
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": each}) + "\n" for each in [text, "a cat"][: 1 + several]))
+    folder = words_model(tmp_path / "words", "happy a cat")
+    compared = compare([score(f, ToScore(text=path, length=48)) for f in (folder, byte_model)])
+    assert [row["metric"] for row in compared["differences"]] == ["bits_per_byte"]
 
 
 def test_what_has_no_bits_per_byte_promises_none(tmp_path):

@@ -12,6 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 from xml.etree import ElementTree
 
 import numpy as np
@@ -687,6 +688,19 @@ def test_scores_on_other_data_stand_in_rows_of_their_own(tmp_path, monkeypatch):
         ("piqa (limit 0)", "accuracy ↑", "0.5000", "0.6000 *", "–"),
         ("piqa (limit 50)", "accuracy ↑", "–", "–", "0.9000"),
     )
+
+
+def test_a_name_with_blanks_links_to_its_figures(given_folders, tmp_path):
+    report(given_folders, tmp_path / "r.html", markdown=tmp_path / "my report (1).md")
+    text = (tmp_path / "my report (1).md").read_text()
+    links = re.findall(r"^!\[.*\]\((\S+)\)$", text, re.MULTILINE)
+    assert len(links) == text.count("\n![") > 0
+    assert all((tmp_path / unquote(link)).is_file() for link in links)
+
+
+def test_a_cost_that_is_no_number(given_folders, tmp_path):
+    with pytest.raises(UpcycleError, match="--dense-flops = '1e20'; it must be a number of 0 or more"):
+        report(given_folders, tmp_path / "r.html", dense_flops="1e20")
 
 
 def test_losses_by_the_tokens_of_two_tokenizers_stand_in_rows_of_their_own(tmp_path, monkeypatch):

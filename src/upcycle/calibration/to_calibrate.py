@@ -11,7 +11,7 @@ import numpy as np
 from upcycle.calibration import domains
 from upcycle.calibration.domains import Domain
 from upcycle.data.documents import Source
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, refuse_fraction
 from upcycle.records.statistics import NAMES, OF_DOMAINS, OF_PROMPTS, ONLY_AT, POSITIONS, refuse_unknown
 from upcycle.system.paths import as_paths
 from upcycle.tensors import rng
@@ -68,6 +68,8 @@ class ToCalibrate:
                     f"{position}, or leave it out"
                 )
         self._refuse_domains()
+        for name in ("sample", "marked", "batch_size", "limit", "length"):
+            refuse_fraction(f"--{name.replace('_', '-')}", getattr(self, name))
         if self.sample < 1:
             raise UpcycleError(f"--sample {self.sample}; it must be 1 or more tokens")
         if self.marked < 1:

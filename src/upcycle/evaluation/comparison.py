@@ -98,7 +98,7 @@ def _difference(one: Metric, two: Metric) -> dict[str, Any]:
 
 def _why_not(result: Result, *, alike: bool) -> str:
     """Return the reason why two results are not compared."""
-    if result.kind == "text" and not alike:
+    if result.kind == "text" and not alike and result.data.get("limit"):
         return (
             f"{result.name}: under --limit the two tokenizers end at other places of the text; leave it out "
             f"to compare"

@@ -30,7 +30,7 @@ from upcycle.evaluation.results import Metric, Result, data_of
 from upcycle.system import progress
 from upcycle.system.progress import Work
 
-PASSAGE = 4096  # characters; the size of the units of a text that is one document
+PASSAGE = 4096  # characters of a unit of a text that is one document; the last one may have more
 LENGTH = 512  # tokens of a window, unless the model takes fewer
 _AT_ONCE = 512  # windows that are read ahead; those of equal length form batches
 
@@ -199,7 +199,8 @@ def _document(parts: list[Piece], language: LanguageModel) -> Document:
         sizes.append(size)
         passages.append((place + starts) // PASSAGE)
         place += len(piece.text) + (piece.bytes > len(piece.text.encode()))  # a blank may be lost at a cut
-    return Document(*map(np.concatenate, (ids, sizes, passages)))
+    last = max(1, place // PASSAGE) - 1  # long enough for a token of any tokenizer to begin in it
+    return Document(np.concatenate(ids), np.concatenate(sizes), np.minimum(np.concatenate(passages), last))
 
 
 def _tokens(piece: Piece, language: LanguageModel) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -259,7 +260,7 @@ def _result(
             "bits_per_byte": Metric.of(bits, higher_is_better=False),
             "accuracy": Metric.of(accuracy, higher_is_better=True, per_token=True),
         },
-        units=(units, *numbers, int(size.sum())),
+        units=(units, *sorted({key[0] if several else key for key in numbers}), int(size.sum())),
         more={
             "task": "causal_lm",
             "targets": int(tokens.sum()),

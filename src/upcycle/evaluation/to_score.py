@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from upcycle.data.documents import Source
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, refuse_fraction
 from upcycle.system.paths import as_paths
 
 
@@ -52,6 +52,7 @@ class ToScore:
         at_least = {"limit": 0, "batch_size": 0, "num_fewshot": 0, "per_class": 1, "length": 1, "stride": 1}
         for name, least in at_least.items():
             given = getattr(self, name)
+            refuse_fraction(f"--{name.replace('_', '-')}", given)
             if given is not None and given < least:
                 raise UpcycleError(f"--{name.replace('_', '-')} {given}; it must be {least} or more")
         if self.separator == "":

@@ -35,8 +35,8 @@ def report(
     out = Path(out)
     text = None if markdown is None else Path(markdown)
     for name, value in (("--dense-flops", dense_flops), ("--dense-tokens", dense_tokens)):
-        if value is not None and not 0 <= value < float("inf"):
-            raise UpcycleError(f"{name} = {value}; it must be a number of 0 or more")
+        if value is not None and not (isinstance(value, (int, float)) and 0 <= value < float("inf")):
+            raise UpcycleError(f"{name} = {value!r}; it must be a number of 0 or more")
     if text is not None and text.resolve() == out.resolve():
         raise UpcycleError(f"the page and its Markdown twin are both {out}; give them two names")
     drawing.need_matplotlib()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.parse import quote
+
 from upcycle.conversion.plain import plain
 from upcycle.reporting import drawing
 from upcycle.reporting.document import Block, Document, Picture, Sentence, Table, clean
@@ -28,7 +30,7 @@ def _block(block: Block, prefix: str, figures: dict[str, bytes]) -> str:
     if isinstance(block, Picture):
         path = f"{FOLDER}/{prefix}-{block.name}.png"
         figures[path] = drawing.png(block)
-        return f"![{_plain(block.title)}]({path})\n\n{_plain(block.caption)}"
+        return f"![{_plain(block.title)}]({quote(path)})\n\n{_plain(block.caption)}"
     return _table(block)
 
 
