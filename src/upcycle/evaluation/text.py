@@ -30,7 +30,10 @@ from upcycle.evaluation.results import Metric, Result, data_of
 from upcycle.system import progress
 from upcycle.system.progress import Work
 
-PASSAGE = 4096  # characters of a unit of a text that is one document; the last one may have more
+PASSAGE = 4096  # characters; the size of the units of a text that is one document
+_REST = (
+    1024  # characters; a shorter rest is part of the last unit, so that tokens of all tokenizers begin there
+)
 LENGTH = 512  # tokens of a window, unless the model takes fewer
 _AT_ONCE = 512  # windows that are read ahead; those of equal length form batches
 
@@ -199,7 +202,7 @@ def _document(parts: list[Piece], language: LanguageModel) -> Document:
         sizes.append(size)
         passages.append((place + starts) // PASSAGE)
         place += len(piece.text) + (piece.bytes > len(piece.text.encode()))  # a blank may be lost at a cut
-    last = max(1, place // PASSAGE) - 1  # long enough for a token of any tokenizer to begin in it
+    last = max(0, (place - _REST) // PASSAGE)
     return Document(np.concatenate(ids), np.concatenate(sizes), np.minimum(np.concatenate(passages), last))
 
 
