@@ -31,9 +31,7 @@ from upcycle.system import progress
 from upcycle.system.progress import Work
 
 PASSAGE = 4096  # characters; the size of the units of a text that is one document
-_REST = (
-    1024  # characters; a shorter rest is part of the last unit, so that tokens of all tokenizers begin there
-)
+_REST = 1024  # characters; a shorter rest has no unit, because some tokenizer may begin no token in it
 LENGTH = 512  # tokens of a window, unless the model takes fewer
 _AT_ONCE = 512  # windows that are read ahead; those of equal length form batches
 
