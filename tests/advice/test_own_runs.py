@@ -43,15 +43,15 @@ def test_the_table_is_what_was_recorded():
                 assert rounded == [measured.behind, measured.ahead]
 
 
-def test_what_is_said_of_the_larger_vit_is_what_was_recorded():
+def test_what_is_said_of_the_two_dense_vits_is_what_was_recorded():
     (measured,) = (each for each in own_runs.MEASURED if each.of == own_runs.JETPACK)
     with scripts.loaded("vision/jetpack") as loaded:
         outcome = importlib.import_module("outcome").Outcome.of(loaded.EXPERIMENT)
-        (large,) = outcome[42, "large"]
-        (ours,) = (run for run in outcome[42, measured.variant] if run["seed"] == large["seed"])
-        assert f"another {ours['curve'][-1][4] - large['curve'][-1][4]:.3f} nats ahead (one seed)" in (
-            measured.besides
-        )
+        for name, word in (("large", "another "), ("small_of_all_flops", "")):
+            (dense,) = outcome[42, name]
+            (ours,) = (run for run in outcome[42, measured.variant] if run["seed"] == dense["seed"])
+            gap = ours["curve"][-1][4] - dense["curve"][-1][4]
+            assert f"ends {word}{gap:.3f} nats ahead (one seed)" in " ".join(measured.besides.split())
 
 
 def test_they_speak_of_models_like_theirs_alone(tmp_path):
