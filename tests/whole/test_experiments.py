@@ -184,7 +184,7 @@ def test_committed_results_are_of_the_variants_in_the_table(script):
         assert {run["variant"]: run["changes"] for run in runs} == study.variants
 
 
-CONTINUATIONS = ["code", "code/tenth", "encoder", "vision", "vision/jetpack"]
+CONTINUATIONS = ["code", "code/tenth", "encoder", "encoder/narrow", "vision", "vision/jetpack"]
 
 
 @pytest.mark.parametrize("script", CONTINUATIONS, indirect=True)
