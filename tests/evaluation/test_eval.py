@@ -348,6 +348,10 @@ def test_a_probe_knows_classes_by_their_names(tmp_path):
     other = colours("other", {"green": known["green"], "yellow": (240, 240, 0)})
     with pytest.raises(UpcycleError, match=r"has the class 'yellow', and .*fitted, which the probe"):
         score(folder, ToScore(images=other, shots=fitted, per_class=4))
+    # The head of this ViT has three classes without names.
+    assert score(folder, ToScore(images=fitted)).results
+    with pytest.raises(UpcycleError, match=r"some has 2 classes with names and the model's head 3 without"):
+        score(folder, ToScore(images=some))
 
 
 # A model without numbers

@@ -13,6 +13,7 @@ import stat
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -1043,15 +1044,20 @@ def test_a_full_disk_names_the_file(
     assert train(Run.of(table()), resume=True).finished
 
 
-def on_a_full_disk(path: Path, data: bytes, write: Any = whole_file.write) -> None:
-    """Write a file, but begin metrics.jsonl where nothing can be added to it."""
-    write(path, data) if path.name != StepMetrics.FILE else path.symlink_to("/dev/full")
+@contextmanager
+def on_a_full_disk(path: Path, filling: Any = whole_file.filling) -> Iterator[Any]:
+    """Write a file, but leave metrics.jsonl where nothing can be added to it."""
+    with filling(path) as file:
+        yield file
+    if path.name == StepMetrics.FILE:
+        path.unlink()
+        path.symlink_to("/dev/full")
 
 
 def test_a_full_disk_does_not_hide_what_to_do(
     table: Table, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(metrics.whole_file, "write", on_a_full_disk)
+    monkeypatch.setattr(metrics.whole_file, "filling", on_a_full_disk)
     monkeypatch.setattr(saving, "write", lambda *_: "No space left on device")
     with pytest.raises(UpcycleError, match=r"step 1 could not be saved .* go on with --resume"):
         train(Run.of(table(train={"steps": 1})))

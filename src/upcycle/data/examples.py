@@ -96,6 +96,11 @@ class Examples:
         self._test = None if held_out is None else _known(held_out)
 
     @property
+    def examples(self) -> Labelled:
+        """The set, with the examples that are held out of it."""
+        return self._train
+
+    @property
     def trainable(self) -> list[int]:
         """The number of training examples, in a list of one."""
         return [len(self._trained)]

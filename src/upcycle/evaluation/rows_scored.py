@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from upcycle.data.corruption import IGNORED
+from upcycle.data.examples import Examples
 from upcycle.data.feeding import Feed, Feeding
 from upcycle.dense.subject import Subject
 from upcycle.evaluation.batch_size import BatchSize
@@ -20,6 +21,7 @@ from upcycle.evaluation.text import LENGTH, field_of
 from upcycle.evaluation.to_score import ToScore
 from upcycle.system import progress
 from upcycle.tasks import Task
+from upcycle.tasks._labelled import refuse_unnamed
 from upcycle.tasks._positions import refuse_beyond_positions
 
 Numbers = list[tuple[float, int, int]]
@@ -37,9 +39,10 @@ def score(
     if task.reads != "images":
         refuse_beyond_positions(length, subject, setting="length")
     feeding = Feeding.of_file(path, length=length, cache=cache, separator=asked.separator, field=asked.field)
-    scored = _score(
-        model, subject, task, task.feed(feeding, subject), asked, f"{_units(task)} of {path.name}"
-    )
+    feed = task.feed(feeding, subject)
+    if isinstance(feed, Examples):
+        refuse_unnamed(feed.examples, subject)
+    scored = _score(model, subject, task, feed, asked, f"{_units(task)} of {path.name}")
     settings: dict[str, Any] = {"length": length, "limit": asked.limit, "separator": asked.separator}
     settings |= field_of(asked.field)
     if task.reads == "images":

@@ -103,8 +103,8 @@ def as_the_head(found: Set, subject: Subject) -> Set:
 
     If both have class names, the names decide; capital letters in them do not count. Otherwise the numbers
     stay. So do numbers whose names are all foreign to the head, if it has as many classes; a warning says
-    what they become. Raises `UpcycleError` for more classes than the head has, for a class that it does not
-    know, and for fewer named classes than a head without names has.
+    what they become. Raises `UpcycleError` for more classes than the head has, or for a class that it does
+    not know.
     """
     if found.num_labels > subject.num_labels:
         raise UpcycleError(
@@ -117,15 +117,9 @@ def as_the_head(found: Set, subject: Subject) -> Set:
         return found
     if (places := _places(names, known)) is not None:
         return _renumbered(found, places, known)
-    numbered = isinstance(names, NamesOfNumbers)
-    if _only_numbers(names) or (_only_numbers(known) and (numbered or len(names) == len(known))):
+    if _only_numbers(names) or _only_numbers(known):
         return found
-    if _only_numbers(known):
-        raise UpcycleError(
-            f"{found.name} has {len(names)} classes with names and the model's head {len(known)} without "
-            f"(id2label in its config.json), so nobody can tell which is which; give the head its names, or "
-            f"data with all of its classes"
-        )
+    numbered = isinstance(names, NamesOfNumbers)
     if numbered and _foreign(names, known):
         progress.warn(
             f"{found.name} numbers its classes, and the model's head has other names for all of them, so the "
@@ -139,6 +133,22 @@ def as_the_head(found: Set, subject: Subject) -> Set:
         f"config.json); call the classes what it calls them, {without}or in a new run, set task.classes for "
         f"a new head"
     )
+
+
+def refuse_unnamed(found: Labelled, subject: Subject) -> None:
+    """Raise `UpcycleError` if a head without names cannot be scored, because the examples lack a class.
+
+    Their classes are numbered by their names then, and not as the head's are.
+    """
+    names, known = found.class_names, subject.class_names
+    if not names or isinstance(names, NamesOfNumbers) or _only_numbers(names):
+        return
+    if len(names) < len(known) and _only_numbers(known):
+        raise UpcycleError(
+            f"{found.name} has {len(names)} classes with names and the model's head {len(known)} without "
+            f"(id2label in its config.json), so nobody can tell which is which; give the head its names, or "
+            f"data with all of its classes"
+        )
 
 
 def as_fitted(found: Set, fitted: Set) -> Set:
