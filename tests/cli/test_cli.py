@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 from marks import quick
 from upcycle import cli
 from upcycle.demo import corpus, story
+from upcycle.training import loop
 
 COMMANDS = [
     [], ["plan"], ["convert"], ["verify"], ["inspect"], ["list"], ["demo"], ["train"], ["export"],
@@ -295,6 +297,25 @@ def test_demo(tmp_path, capsys, monkeypatch):
     for name in ("copy", "granular"):
         trained = tmp_path / "demo" / "trained" / name
         assert {"eval.json", "routing.json", "upcycle.json"} <= {path.name for path in trained.iterdir()}
+
+
+def test_a_demo_whose_training_was_stopped_ends(tmp_path, monkeypatch):
+    """SIGTERM ends a training with a checkpoint; a model that was trained for less is not compared."""
+    real, runs = loop.train, []
+
+    def stopped(run, **options):
+        runs.append(run.out)
+        found = real(run, **options)
+        return found if len(runs) < 2 else dataclasses.replace(found, finished=False)
+
+    monkeypatch.setattr(corpus, "BYTES", 400_000)
+    monkeypatch.setattr(story, "EVAL_ROWS", 16)
+    monkeypatch.setattr(loop, "train", stopped)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["demo", "--out", str(tmp_path / "demo"), "--seconds", "1"])
+    assert ended.value.code == 130
+    assert len(runs) == 2
+    assert not (tmp_path / "demo" / "report.html").exists()
 
 
 def test_split_and_the_router_that_keeps_its_function(dense, capsys):

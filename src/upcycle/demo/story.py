@@ -120,7 +120,8 @@ def _steps(folder: Path, corpus: Corpus, seconds: float, seed: int) -> int:
     from upcycle.training.loop import train
 
     probe = _run(folder, corpus, "probe", {}, PROBE, seed)
-    train(probe)
+    if not train(probe).finished:
+        raise KeyboardInterrupt
     times = sorted(line.seconds or 0.0 for line in metrics.read(Path(probe.out)))
     shutil.rmtree(probe.out)
     return max(4, round(seconds / COST / times[len(times) // 2]))
@@ -171,6 +172,8 @@ def _go_on(
     wanted = _run(folder, corpus, name, way, max(4, round(flops / per_step)), seed)
     audience.say(f"training on: {name}")
     result = train(wanted)
+    if not result.finished:  # by SIGTERM; a model of fewer FLOPs is not to be compared
+        raise KeyboardInterrupt
     export(wanted.out, folder / "trained" / name)
     records = metrics.read(result.out)
     assert result.held_out_loss is not None
