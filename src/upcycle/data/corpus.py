@@ -186,11 +186,11 @@ def _found(path: Path, source: Source, vocab_size: int, checked: Mapping[str, St
             return None
         if not _is_of(known.get("files", {}), source):
             return None
-        trusted = "sha256" in known and stamp(path) == checked.get(str(path))
-        digest = known["sha256"] if trusted else file_hash(path)
         starts = _starts_of(path, known, checked)
-        # Files of older versions have no hash; their largest id detects the worst damage.
-        whole = digest == known["sha256"] if "sha256" in known else int(tokens.ids().max()) == largest
+        if "sha256" in known:
+            digest, whole = known["sha256"], _is_whole(path, known["sha256"], checked)
+        else:  # of an older version; the largest id detects the worst damage
+            digest, whole = file_hash(path), int(tokens.ids().max()) == largest
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
     if not whole:
@@ -203,10 +203,13 @@ def _found(path: Path, source: Source, vocab_size: int, checked: Mapping[str, St
 def _starts_of(path: Path, known: dict[str, Any], checked: Mapping[str, Stamp]) -> Path | None:
     """Return the file of the first ids of documents, if it is there and as it was written."""
     starts = path.with_suffix(".starts")
-    if not starts.is_file():
-        return None
-    trusted = stamp(starts) == checked.get(str(starts))
-    return starts if trusted or file_hash(starts) == known.get("starts_sha256") else None
+    whole = starts.is_file() and _is_whole(starts, known.get("starts_sha256"), checked)
+    return starts if whole else None
+
+
+def _is_whole(path: Path, sha256: str | None, checked: Mapping[str, Stamp]) -> bool:
+    """Return whether a file is as it was written; it is not read if another process has checked it."""
+    return stamp(path) == checked.get(str(path)) or file_hash(path) == sha256
 
 
 def _is_of(made_from: dict[str, Any], source: Source) -> bool:

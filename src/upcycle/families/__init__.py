@@ -219,6 +219,14 @@ class Family(abc.ABC):
         """Return the stack whose tokens are multiplied by the tensor called `name`."""
         return "layers"
 
+    def check_lengths(self, config: Config) -> None:
+        """Refuse lists that do not have one entry per layer."""
+        layers = config["num_hidden_layers"]
+        for key in self.per_block:
+            value = config.get(key)
+            if value is not None and len(value) != layers:
+                raise UpcycleError(f"config.json: {key} must be a list of {layers}, one entry a layer")
+
     def repeated(self, config: Config, raw: Mapping[str, Any], times: int) -> Config:
         """Return the keys of config.json that change if every block is repeated `times` times in a row."""
         out: Config = {}

@@ -55,7 +55,7 @@ class Decoder(DecoderWidth, Trained):
         # Only the keys that this family reads: a stray key must not reach a target that would use it.
         read = {k: v for k, v in raw.items() if k in self.defaults or k in self.reads}
         config: Config = {**self.defaults, **read}
-        self._check_lengths(config)
+        self.check_lengths(config)
         config["use_cache"] = raw.get("use_cache", True)
         if config.get("num_key_value_heads") is None:
             config["num_key_value_heads"] = config["num_attention_heads"]
@@ -193,14 +193,6 @@ class Decoder(DecoderWidth, Trained):
         if self.mlp_biases(config):
             return "its feed-forward networks have biases and no native MoE's experts do"
         return None
-
-    def _check_lengths(self, config: Config) -> None:
-        """Refuse lists that do not have one entry per layer."""
-        layers = config["num_hidden_layers"]
-        for key in self.per_block:
-            value = config.get(key)
-            if value is not None and len(value) != layers:
-                raise UpcycleError(f"config.json: {key} must be a list of {layers}, one entry a layer")
 
 
 class FusedGate(Decoder):

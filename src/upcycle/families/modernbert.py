@@ -21,6 +21,7 @@ class ModernBert(Encoder):
     over_classes = "classifier"
     summary = "ModernBERT and embedding models made of it"
     after = ("final_norm.",)
+    per_block = ("layer_types",)
     sizes = (*Encoder.sizes, "intermediate_size", "vocab_size")
     heads = (*Encoder.heads, "head.", "decoder.")
     defaults = {
@@ -39,9 +40,7 @@ class ModernBert(Encoder):
     }
 
     def finish(self, config: Config) -> Config:
-        kinds, layers = config.get("layer_types"), config["num_hidden_layers"]
-        if kinds is not None and len(kinds) != layers:
-            raise UpcycleError(f"config.json: layer_types must be a list of {layers}, one entry a layer")
+        self.check_lengths(config)
         act = config["hidden_activation"] or "gelu"
         return super().finish({**config, "hidden_act": act})
 

@@ -54,8 +54,7 @@ def _loads(source: Mixture, grow: Grow, layer: int) -> tuple[float, ...]:
     """Return each expert's share of the tokens of a layer, as routing.json has it."""
     path = Path(grow.statistics)
     record = _routing(path, path.stat().st_mtime_ns if path.is_file() else 0)
-    own = _weights(source.checkpoint)
-    if None not in (own, record.weights) and own != record.weights:
+    if record.weights is not None and _weights(source.checkpoint) not in (None, record.weights):
         raise UpcycleError(
             f"grow.statistics: {path} is of other weights than those in {source.checkpoint.folder}; make it "
             f"with `upcycle inspect {quoted(source.checkpoint.folder)} --text NAME=FILE`"
