@@ -160,6 +160,19 @@ def test_flops_of_unlike_heads_and_layers_are_those_that_torch_counts(model_type
     assert found == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
+def test_a_deberta_scores_tokens_against_relative_positions(tmp_path):
+    """As torch counts them, for each row more: the positions are projected once for a batch."""
+    source, length = tiny.make(tmp_path / "dense", "DebertaV2Model"), 32
+    model = transformers.AutoModel.from_pretrained(source, attn_implementation="eager")
+    counted = []
+    for rows in (1, 2):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.zeros(rows, length, dtype=torch.long))
+        counted.append(counter.get_total_flops())
+    opened = admit(Checkpoint.open(source))
+    assert flops_per_row(opened, None, {"layers": length}) == counted[1] - counted[0]
+
+
 STRAYS = {"sliding_window": 4, "layer_types": ["sliding_attention"], "local_attention": 4}
 
 

@@ -180,6 +180,7 @@ def test_logits_in_chunks_beside_a_teacher_and_with_a_frozen_head(tmp_path):
 RUNS = {
     "a teacher": {"teacher": {}, "train": {"precision": "mixed"}},
     "8 bits": {"optimizer": {"name": "adamw_8bit"}, "train": {"precision": "bfloat16"}},
+    "muon": {"optimizer": {"name": "muon"}},  # whose embeddings and head have two moments
     "a part": {"train": {"freeze": ["experts", "embeddings"]}},
     "routers": {"train": {"only": ["router"]}},
 }
@@ -191,7 +192,8 @@ def test_what_a_rank_holds_is_what_a_dry_run_counts(case, tmp_path):
     """Weights, gradients, moments and the teacher's weights, on eight ranks; 8 bits in a run of bfloat16."""
     if case == "8 bits":
         pytest.importorskip("torchao", reason="torchao is not installed")
-    source = tiny.make_dense(tmp_path / "dense", "llama", hidden_size=256, intermediate_size=512)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 4096}
+    source = tiny.make_dense(tmp_path / "dense", "llama", **sizes)
     changes = {key: dict(table) for key, table in RUNS[case].items()}
     if "teacher" in changes:
         changes["teacher"]["source"] = str(source)

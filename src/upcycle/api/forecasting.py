@@ -81,6 +81,7 @@ def foretell_run(run: Run, *, world: int, gpu: str = "H100") -> Outlook:
         )
     rows = min(train.micro_batch or share, share)
     precision: Precision = "mixed" if train.precision == "auto" else train.precision
+    width = 2 if precision == "bfloat16" else 4
     beside = None if run.teacher is None or run.teacher.top_logits is not None else run.teacher
     setting = Setting(
         built=built,
@@ -91,7 +92,7 @@ def foretell_run(run: Run, *, world: int, gpu: str = "H100") -> Outlook:
         precision=precision,
         # The selective form computes no product twice. Its memory is at most that without any.
         recompute=train.activation_checkpointing is True,
-        state=run.optimizer.state_bytes(2 if precision == "bfloat16" else 4),
+        state=(run.optimizer.state_bytes(width), run.optimizer.state_bytes(width, outside=True)),
         teacher=admit(peek(beside.source, label="teacher"), drop=beside.drop) if beside else None,
     )
     found = [outlook.of(_of_leg(setting, leg), gpus.find(gpu)) for leg in Course(run).legs]

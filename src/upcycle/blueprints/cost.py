@@ -304,7 +304,8 @@ def _scores(family: Family, config: Config, stack: Stack, layer: int, length: in
     reach = family.reach(config, layer, length)
     # The first tokens of a row have fewer before them.
     pairs = 2 * reach * length - reach**2 if stack.causal else reach * length
-    return 4 * family.scored(config, stack, layer) * pairs
+    # A pair of tokens has a product for its score and one for its value; a token and a position have one.
+    return family.scored(config, stack, layer) * (4 * pairs + 2 * family.relative(config) * length)
 
 
 def refuse_no_jobs(jobs: int) -> None:

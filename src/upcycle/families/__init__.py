@@ -172,6 +172,10 @@ class Family(abc.ABC):
         """
         return length
 
+    def relative(self, config: Config) -> int:
+        """Return the number of relative positions that a block scores each token against, by products."""
+        return 0
+
     def scored(self, config: Config, stack: Stack, layer: int) -> int:
         """Return the channels of all heads of a block in a stack, as a mean of queries and values."""
         return stack.attention

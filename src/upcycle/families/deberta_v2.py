@@ -55,21 +55,29 @@ class DebertaV2(Bert):
     def head(self, config: Config) -> Weights:
         return {}
 
+    def relative(self, config: Config) -> int:
+        kinds = {"c2p", "p2c"} & set(config["pos_att_type"] or ())
+        return 2 * _span(config) * len(kinds) if config["relative_attention"] else 0
+
 
 def _positions(config: Config) -> Weights:
     """Return the tensors of the encoder outside its blocks."""
     out: Weights = {}
     hidden = config["hidden_size"]
-    buckets, most = config.get("position_buckets", -1), config["max_relative_positions"]
     if config["relative_attention"]:
-        rows = buckets if buckets > 0 else most if most >= 1 else config["max_position_embeddings"]
-        out["encoder.rel_embeddings.weight"] = Table((2 * rows, hidden))
+        out["encoder.rel_embeddings.weight"] = Table((2 * _span(config), hidden))
     out |= norm("encoder.LayerNorm", hidden) if "layer_norm" in config.get("norm_rel_ebd", "none") else {}
     if (kernel := config.get("conv_kernel_size", 0)) > 0:
         out |= linear("encoder.conv.conv", hidden, hidden) | norm("encoder.conv.LayerNorm", hidden)
         size = (hidden, hidden // config.get("conv_groups", 1), kernel)
         out["encoder.conv.conv.weight"] = Table(size)
     return out
+
+
+def _span(config: Config) -> int:
+    """Return the number of relative positions on either side of a token."""
+    buckets, most = config.get("position_buckets", -1), config["max_relative_positions"]
+    return int(buckets if buckets > 0 else most if most >= 1 else config["max_position_embeddings"])
 
 
 def _own_positions(config: Config) -> list[str]:

@@ -64,11 +64,10 @@ class Held:
 def held(setting: Setting) -> Held:
     """Return what the most loaded rank holds of the model, between two steps but for the gradients."""
     own = [(group.trained(setting.trained).share(setting.layout), group) for group in setting.groups]
-    trained = sum(share for share, _ in own)
     return Held(
         weights=sum(setting.stored_in(group) * group.share(setting.layout) for group in setting.groups),
         gradients=sum(setting.stored_in(group) * share for share, group in own),
-        moments=round(setting.state_bytes * trained),
+        moments=round(sum(setting.state_in(group) * share for share, group in own)),
         teacher=taught(setting),
     )
 

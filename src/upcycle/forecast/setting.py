@@ -34,7 +34,8 @@ class Setting:
     passes: int = 1  # forward passes of a step on one rank, whose gradients are added
     precision: Precision = "mixed"  # train.precision
     recompute: Recompute = False  # train.activation_checkpointing
-    state: float | None = None  # bytes that the optimizer keeps for each weight; None: two moments
+    # bytes that the optimizer keeps for each weight inside the blocks and outside them; None: two moments
+    state: tuple[float, float] | None = None
     trained: frozenset[str] | None = None  # the parameters in memory that have gradients; None: all
     effort: float = 3  # forward passes that a step is worth, in arithmetic, without a teacher
     teacher: Dense | None = None  # a model that runs beside the steps, without gradients
@@ -65,10 +66,10 @@ class Setting:
         """Return the bytes of a gathered weight of a group."""
         return F32 if group.wide else self.width
 
-    @property
-    def state_bytes(self) -> float:
-        """The bytes of the optimizer's state for each weight that is trained."""
-        return 2.0 * self.stored if self.state is None else self.state
+    def state_in(self, group: Group) -> float:
+        """Return the bytes of the optimizer's state for each weight of a group that is trained."""
+        inside, outside = self.state or (2.0 * self.stored, 2.0 * self.stored)
+        return outside if group.block is None else inside
 
     @property
     def width(self) -> int:

@@ -64,8 +64,8 @@ class Optimizer(Named, abc.ABC):
         """The size of the state, in sizes of the parameters in float32, for a forecast of memory."""
         return len(self.moments)
 
-    def state_bytes(self, width: int) -> float:
-        """Return the bytes of the state for each weight of `width` bytes."""
+    def state_bytes(self, width: int, *, outside: bool = False) -> float:
+        """Return the bytes of the state for each weight of `width` bytes, in the blocks or outside them."""
         return self.copies * width
 
     @property

@@ -37,7 +37,7 @@ class AdamW8bit(Optimizer):
     def copies(self) -> float:
         return 0.5
 
-    def state_bytes(self, width: int) -> float:
+    def state_bytes(self, width: int, *, outside: bool = False) -> float:
         """Two codes, and two scales in float32 for each block of 256; whatever the type of the weights."""
         return 2 * (1 + 4 / LARGEST)
 

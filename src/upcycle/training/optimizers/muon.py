@@ -52,6 +52,10 @@ class Muon(Optimizer):
     def copies(self) -> float:
         return 1.0  # hidden matrices are nearly all of a model that is large
 
+    def state_bytes(self, width: int, *, outside: bool = False) -> float:
+        """One moment of what is in the blocks, of which hidden matrices are nearly all, and AdamW's outside."""
+        return (2 if outside else 1) * width
+
     def rate(self, role: Role) -> float:
         return super().rate(role) * (1.0 if role.hidden else self.adam_rate)
 
