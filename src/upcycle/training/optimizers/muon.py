@@ -53,7 +53,7 @@ class Muon(Optimizer):
         return 1.0  # hidden matrices are nearly all of a model that is large
 
     def state_bytes(self, width: int, *, outside: bool = False) -> float:
-        """One moment of what is in the blocks, of which hidden matrices are nearly all, and AdamW's outside."""
+        """One moment in the blocks, of which hidden matrices are nearly all, and AdamW's two outside."""
         return (2 if outside else 1) * width
 
     def rate(self, role: Role) -> float:
