@@ -157,6 +157,17 @@ ENCODER = Experiment(
         for c in (1, 2)
     },
 )
+NARROW = replace(
+    ENCODER,
+    script="narrow",
+    variants={
+        "shuffle_slice": Variant(
+            init="shuffle_slice",
+            experts=replace(_HALVES, layers=1 / 3, routers=("top_k", "top_k")),
+            said="16 slices of shuffled copies in every other block of the encoder, top-2, at the dense FLOPs",
+        ),
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -229,6 +240,7 @@ MEASURED = (
     Measured(JETPACK, 42, "importance", -0.0595, 0.0019, 0.12, 0.17, _DENSE_ONES),
     Measured(ENCODER, 160, "expert_choice_1", -0.0005, 0.0008, 0.11, None),
     Measured(ENCODER, 160, "expert_choice_2", +0.0120, 0.0025, 0.30, None),
+    Measured(NARROW, 160, "shuffle_slice", -0.0073, 0.0024, 0.02, 0.26),
 )
 
 
