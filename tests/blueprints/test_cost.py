@@ -160,9 +160,10 @@ def test_flops_of_unlike_heads_and_layers_are_those_that_torch_counts(model_type
     assert found == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
-def test_a_deberta_scores_tokens_against_relative_positions(tmp_path):
+@pytest.mark.parametrize("kinds", [["p2c", "c2p"], "p2c|c2p", ["c2p"], None])
+def test_a_deberta_scores_tokens_against_relative_positions(kinds, tmp_path):
     """As torch counts them, for each row more: the positions are projected once for a batch."""
-    source, length = tiny.make(tmp_path / "dense", "DebertaV2Model"), 32
+    source, length = tiny.make(tmp_path / "dense", "DebertaV2Model", pos_att_type=kinds), 32
     model = transformers.AutoModel.from_pretrained(source, attn_implementation="eager")
     counted = []
     for rows in (1, 2):

@@ -164,7 +164,7 @@ NARROW = replace(
         "shuffle_slice": Variant(
             init="shuffle_slice",
             experts=replace(_HALVES, layers=1 / 3, routers=("top_k", "top_k")),
-            said="16 slices of shuffled copies in every other block of the encoder, top-2, at the dense FLOPs",
+            said="16 slices of shuffled copies in every other block of its encoder, at the dense FLOPs",
         ),
     },
 )

@@ -203,8 +203,7 @@ KINDS: Mapping[str, Kind] = {
     **_each(_POSITIVE, "logits_scaling query_pre_attn_scalar mlp_ratio"),
     **_each(_POSITIVE.or_null(), "attn_logit_softcapping final_logit_softcapping clip_qkv rope_theta"),
     **_each(_SIDES, "image_size patch_size"),
-    **_each(_SIZE.listed(), "conv_dim conv_stride"),
-    "conv_kernel": _SIZES,
+    **_each(_SIZES, "conv_dim conv_stride conv_kernel"),  # lists in a wav2vec2, single sizes elsewhere
     "feat_extract_norm": _one_of(frozenset({"group", "layer"})),
     "hidden_sizes": _a_stage(_SIZE),
     "depths": _a_stage(_BLOCKS),

@@ -7,6 +7,8 @@ from upcycle.families import Config, Weights
 from upcycle.families._weights import Table, below, linear, norm
 from upcycle.families.bert import Bert
 
+_OWN = {"c2p": "pos_key_proj", "p2c": "pos_query_proj"}  # by the kind of attention that they are for
+
 
 class DebertaV2(Bert):
     model_type = "deberta-v2"
@@ -56,8 +58,7 @@ class DebertaV2(Bert):
         return {}
 
     def relative(self, config: Config) -> int:
-        kinds = {"c2p", "p2c"} & set(config["pos_att_type"] or ())
-        return 2 * _span(config) * len(kinds) if config["relative_attention"] else 0
+        return 2 * _span(config) * len(_kinds(config)) if config["relative_attention"] else 0
 
 
 def _positions(config: Config) -> Weights:
@@ -84,9 +85,12 @@ def _own_positions(config: Config) -> list[str]:
     """Return the projections of relative positions that a block has, besides those of its tokens."""
     if not config["relative_attention"] or config.get("share_att_key", False):
         return []
-    kinds = config["pos_att_type"] or []
-    names = {"c2p": "pos_key_proj", "p2c": "pos_query_proj"}
-    return [name for kind, name in names.items() if kind in kinds]
+    return [_OWN[kind] for kind in _kinds(config)]
+
+
+def _kinds(config: Config) -> list[str]:
+    """Return which of tokens and relative positions are scored against each other; text has `|` between."""
+    return [kind for kind in _OWN if kind in (config["pos_att_type"] or [])]
 
 
 family = DebertaV2()

@@ -57,11 +57,11 @@ class Wav2Vec2(Encoder):
 
     def config(self, raw: Mapping[str, Any]) -> Config:
         config = super().config(raw)
-        if not isinstance(config["conv_kernel"], (list, tuple)):
-            raise UpcycleError(
-                f"config.json: conv_kernel = {config['conv_kernel']}; it must be a list of sizes"
-            )
-        lengths = {key: len(config[key]) for key in ("conv_dim", "conv_stride", "conv_kernel")}
+        keys = ("conv_dim", "conv_stride", "conv_kernel")
+        for key in keys:
+            if not isinstance(config[key], (list, tuple)):
+                raise UpcycleError(f"config.json: {key} = {config[key]}; it must be a list of sizes")
+        lengths = {key: len(config[key]) for key in keys}
         if len({*lengths.values()}) > 1:
             said = ", ".join(f"{key} {length}" for key, length in lengths.items())
             raise UpcycleError(f"config.json: lists of convolutions must be of one length; they have {said}")
