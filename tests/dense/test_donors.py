@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 import tiny
+import tiny_wrappers
 from upcycle import Recipe, UpcycleError, blueprint, families, plan
 
 CONFIG = "adapter_config.json"
@@ -341,3 +342,28 @@ def test_lists_that_say_nothing(base):
         asked({"sauce": "a"})
     with pytest.raises(UpcycleError, match=r"unknown key init \(copy\).expert; it is a key of init experts"):
         Recipe.of(init={"expert": [{}]})
+
+
+AROUND = {  # keys of config.json around the text model, and other values
+    "image_token_index": 7,
+    "projector_hidden_act": "relu",
+    "vision_feature_layer": -1,
+    "vision_config.layer_norm_eps": 0.1,
+    "vision_config.num_attention_heads": 4,
+}
+
+
+def test_what_is_averaged_around_a_text_model_must_mean_the_same(tmp_path):
+    base = tiny_wrappers.make(tmp_path / "base", "llava")
+    donor = tiny_wrappers.make(tmp_path / "donor", "llava", seed=1)
+    path = donor / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "transformers_version": "4.0.0"}))
+    blueprint(base, asked({"source": str(donor)}, backbone="average"))
+    for key, value in AROUND.items():
+        outer, _, inner = key.rpartition(".")
+        changed = {outer: {**config[outer], inner: value}} if outer else {inner: value}
+        path.write_text(json.dumps({**config, **changed}))
+        said = refused(base, {"source": str(donor)}, backbone="average")
+        assert f"differ in {key}: {value!r} and " in said
+        blueprint(base, asked({"source": str(donor)}))  # the tower of the base alone

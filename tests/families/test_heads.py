@@ -76,6 +76,23 @@ CASES = {
 }  # fmt: skip
 
 
+def bare(prefix):
+    """The body alone, as its own class stores it."""
+    return lambda tensors: {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+CASES |= {
+    "all-mpnet-base-v2": ("MPNetForMaskedLM", bare("mpnet."), {}, "UpcycledMPNetModel"),
+    "all-distilroberta-v1": ("RobertaForMaskedLM", bare("roberta."), {}, "UpcycledRobertaModel"),
+    "a body with its prefix": (
+        "BertForMaskedLM", None, {"architectures": ["BertModel"]}, "UpcycledBertModel",
+    ),
+    "a RoBERTa without a class": (
+        "RobertaForMaskedLM", None, {"architectures": None}, "UpcycledRobertaModel",
+    ),
+}  # fmt: skip
+
+
 def outputs(model):
     generator = torch.Generator().manual_seed(3)
     name = type(model).__name__.removeprefix("Upcycled")

@@ -8,12 +8,13 @@ import re
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import tiny
 import upcycle
 from arrays import stored
 from marks import sampled
-from upcycle import Recipe, convert, families, plan, verify
+from upcycle import Recipe, UpcycleError, blueprint, convert, families, plan, verify
 from upcycle.checkpoints.checkpoint import Checkpoint
 
 # The class, and changes of its config.
@@ -246,3 +247,29 @@ def test_llama_under_another_name(model_type, dense, tmp_path):
     (source / "config.json").write_text(json.dumps(config | {"model_type": "no", "architectures": ["NoLM"]}))
     with pytest.raises(upcycle.UpcycleError, match="unknown model_type 'no'"):
         convert(source, tmp_path / "no")
+
+
+STORED_TWICE = {  # tensors that the class ties to others
+    "BertForMaskedLM": ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias"),
+    "RobertaForMaskedLM": ("lm_head.decoder.weight", "lm_head.decoder.bias"),
+    "T5ForConditionalGeneration": ("encoder.embed_tokens.weight",),
+    "BartForConditionalGeneration": ("model.decoder.embed_tokens.weight", "lm_head.weight"),
+}
+
+
+@pytest.mark.parametrize("architecture", STORED_TWICE)
+def test_a_tied_tensor_that_is_stored_is_left_out_if_it_is_the_same(architecture, tmp_path):
+    """transformers keeps one that differs, so it is asked which is meant."""
+    source = tiny.make(tmp_path / "dense", architecture)
+    recipe = Recipe.of(moe={"num_experts": 2, "target": "upcycled"})
+    whole = getattr(transformers, architecture).from_pretrained(source).state_dict()
+    file = source / "model.safetensors"
+    for name in STORED_TWICE[architecture]:
+        kept = load_file(file)
+        save_file({**kept, name: whole[name].clone()}, file, {"format": "pt"})
+        assert name in blueprint(source, recipe).left_out
+        assert convert(source, tmp_path / name, recipe).preserves_function
+        save_file({**kept, name: whole[name] + 1}, file, {"format": "pt"})
+        with pytest.raises(UpcycleError, match=f"stores an {re.escape(name)} that differs from"):
+            convert(source, tmp_path / "other", recipe)
+        save_file(kept, file, {"format": "pt"})

@@ -203,7 +203,9 @@ def _head_is_stored(family: Family, names: Names, stored: Collection[str]) -> bo
 def _at_top(checkpoint: Checkpoint, stored: Collection[str], family: Family, own: Mapping[str, Any]) -> Place:
     """Return where a model stands that is all of its checkpoint: its names, and whether it has a head."""
     config = family.config(own)
-    found = spelled(family, family.shapes(config), stored)
+    if (body := family.body_class(config, stored)) is not None:
+        return places.Body(names=Names(former=family.former), named=body)
+    found = spelled(family, family.shapes(config).keys() - family.may_lack(config), stored)
     places.refuse_two(checkpoint.folder, found)
     names = found[0] if found else Names(former=family.former)
     named = own.get("architectures") or [""]
@@ -324,21 +326,25 @@ def refuse_two_heads(dense: Dense) -> None:
     transformers 5 keeps the two apart if they differ. A head that the recipe drops is not asked about. This
     reads both tensors, and asks nothing about a checkpoint of headers alone.
     """
-    opened, names = dense.checkpoint, dense.family.tied
-    tied = None if names is None else tuple(map(dense.place.names.stored, names))
-    if tied is None or tied[0] not in dense.left_out or drops_head(dense) or opened.headers_only:
-        return
-    head, embedding = (opened.tensors[name] for name in tied)
-    same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype) and all(
-        np.array_equal(opened.pread(head, i, j), opened.pread(embedding, i, j))
-        for i in range(0, head.nbytes, CHUNK)
-        for j in (min(head.nbytes, i + CHUNK),)
+    opened = dense.checkpoint
+    for names in dense.family.twins(dense.config).items():
+        head, other = map(dense.place.names.stored, names)
+        if dense.left_out.get(head, _DROPPED).startswith(_DROPPED) or opened.headers_only:
+            continue
+        if not _same(opened, opened.tensors[head], opened.tensors[other]):
+            raise UpcycleError(
+                f"{opened.folder} stores an {head} that differs from {other}, to which its config ties it; "
+                f"set tie_word_embeddings to false in config.json, or {_without(opened, head, head)}"
+            )
+
+
+def _same(opened: Checkpoint, one: TensorInfo, other: TensorInfo) -> bool:
+    """Return whether two tensors of a checkpoint are of the same type, shape and bytes."""
+    return (one.shape, one.dtype) == (other.shape, other.dtype) and all(
+        np.array_equal(opened.pread(one, i, j), opened.pread(other, i, j))
+        for i in range(0, one.nbytes, CHUNK)
+        for j in (min(one.nbytes, i + CHUNK),)
     )
-    if not same:
-        raise UpcycleError(
-            f"{opened.folder} stores an {tied[0]} that differs from the embedding its config ties it "
-            f"to; set tie_word_embeddings to false in config.json, or {_without(opened, tied[0], tied[0])}"
-        )
 
 
 _DROPPING = {"source": "drop, or --drop {}", "teacher": "teacher.drop"}  # by the role of a checkpoint

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from upcycle.checkpoints import vocabularies
 from upcycle.checkpoints.checkpoint import Checkpoint
@@ -20,6 +21,7 @@ from upcycle.dense.adapters import Adapter, open_adapter
 from upcycle.dense.admission import admit
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError, listed, shown
+from upcycle.families._wrappers import config_key
 from upcycle.init import Donor
 from upcycle.recipe import Recipe
 
@@ -28,6 +30,8 @@ _SILENT = frozenset(
     "initializer_range initializer_factor use_cache attention_dropout embd_pdrop resid_pdrop "
     "hidden_dropout_prob attention_probs_dropout_prob dropout_rate residual_dropout".split()
 )
+# Keys of the config around a part that say nothing of it, besides those.
+_SILENT_AROUND = _SILENT | {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
 # Keys that a donor may have otherwise, because the result has the source's; a plan says which.
 _SAID = frozenset(
     "max_position_embeddings original_max_position_embeddings bos_token_id eos_token_id pad_token_id "
@@ -149,7 +153,8 @@ def _compared(source: Dense, donor: Dense, recipe: Recipe) -> Iterator[str]:
         _refuse_other_heads(source, donor, differing)
     _refuse_other_shapes(source, donor, differing, mixed=mixed)
     free = _SAID | (frozenset() if mixed else _OF_BACKBONE)
-    for key, values in differing.items():
+    around = _differing_around(source, donor, recipe.moe.part) if mixed and source.around else {}
+    for key, values in {**differing, **around}.items():
         if key not in free:
             raise UpcycleError(f"{there} and {here} differ in {key}: {values}; {_ONE_MODEL}")
     if other := vocabularies.difference(here, there):
@@ -192,6 +197,28 @@ def _differing(source: Dense, donor: Dense) -> dict[str, str]:
         for key in sorted(keys)
         if mine.get(key) != theirs.get(key)
     }
+
+
+def _differing_around(source: Dense, donor: Dense, part: str) -> dict[str, str]:
+    """Return the settings of the models around two parts that both give, and that differ, by their keys."""
+    mine, theirs = (
+        dict(_leaves({k: v for k, v in model.checkpoint.config.items() if k != config_key(part)}))
+        for model in (source, donor)
+    )
+    return {
+        key: f"{shown(theirs[key])} and {shown(value)}"
+        for key, value in mine.items()
+        if key in theirs and theirs[key] != value and key.rpartition(".")[2] not in _SILENT_AROUND
+    }
+
+
+def _leaves(config: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the settings of a config and of those inside it, each by the path of its keys."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{before}{key}.")
+        else:
+            yield before + key, value
 
 
 def _refuse_other_heads(source: Dense, donor: Dense, differing: Mapping[str, str]) -> None:

@@ -84,6 +84,19 @@ WHOLE = Place()
 
 
 @dataclass(frozen=True, kw_only=True)
+class Body(Place):
+    """The body of an encoder, as its class `named` stores it, while config.json names one with a head."""
+
+    named: str
+
+    def config(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**raw, "architectures": [self.named]}
+
+    def outer(self, family: Family, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+        return self.config(raw)
+
+
+@dataclass(frozen=True, kw_only=True)
 class WithoutHead(Place):
     """A model without a language head, as embedding models are."""
 

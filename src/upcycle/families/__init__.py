@@ -282,6 +282,15 @@ class Family(abc.ABC):
         """Return config.json without what it says about tensors that are left out."""
         return raw
 
+    def body_class(self, config: Config, stored: Collection[str]) -> str | None:
+        """Return the class of the body if that alone is stored, and config.json names one with a head."""
+        return None
+
+    def twins(self, config: Config) -> Mapping[str, str]:
+        """Return the tensors that may be left out if they are what another one is, with that one's name."""
+        tied = self.tied if config["tie_word_embeddings"] else None
+        return {tied[0]: tied[1]} if tied else {}
+
     def ignored(self, name: str) -> str | None:
         """Return why a stored tensor that `shapes` does not list may be left out, or None if it may not."""
         if name.endswith("rotary_emb.inv_freq"):

@@ -92,6 +92,13 @@ class Encoder(Trained):
             bool(self.pooler) and name.removeprefix(base).startswith(self.pooler)
         )
 
+    def body_class(self, config: Config, stored: Collection[str]) -> str | None:
+        base = self.base(config)
+        heads = tuple(start for start in self.heads if start != self.pooler)
+        if not base or any(name.startswith((base, *heads)) for name in stored):
+            return None
+        return self.architectures[0]
+
     def class_options(self, config: Config, stored: Collection[str]) -> Mapping[str, Any]:
         return {"add_pooling_layer": False} if self.may_lack(config) - set(stored) else {}
 

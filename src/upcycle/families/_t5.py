@@ -187,6 +187,11 @@ class EncoderDecoder(Encoder):
             gate=tensors[network + "wi_0.weight"], up=tensors[network + "wi_1.weight"], down=down
         )
 
+    def twins(self, config: Config) -> Mapping[str, str]:
+        base = self.base(config)
+        tables = (f"{base}{stack}.embed_tokens.weight" for stack in ("encoder", "decoder"))
+        return {**super().twins(config), **dict.fromkeys(tables, f"{base}shared.weight")}
+
     def ignored(self, name: str) -> str | None:
         name = name.removeprefix("transformer.")
         if name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):

@@ -1,5 +1,7 @@
 """BART: summaries and translations; post-norm blocks, positions from 2 on."""
 
+from collections.abc import Mapping
+
 from upcycle.families import Config, Weights
 from upcycle.families._seq2seq import STACKS, Seq2Seq, positions
 from upcycle.families._weights import Bias, Matrix, Table, norm
@@ -51,6 +53,11 @@ class Bart(Seq2Seq):
     def may_lack(self, config: Config) -> frozenset[str]:
         named = config["architectures"][0]
         return frozenset({"final_logits_bias"} if named == self.architectures[1] else ())
+
+    def twins(self, config: Config) -> Mapping[str, str]:
+        base = self.base(config)
+        tables = (f"{base}{stack}.embed_tokens.weight" for stack in STACKS)
+        return {**super().twins(config), **dict.fromkeys(tables, f"{base}shared.weight")}
 
     def ignored(self, name: str) -> str | None:
         if name.endswith("coder.embed_tokens.weight") or name == "lm_head.weight":

@@ -11,6 +11,7 @@ from upcycle.tensors.feed_forward import FeedForward
 from upcycle.tensors.lazy import Lazy
 
 _LANGUAGE = ("BertForMaskedLM", "BertLMHeadModel", "BertForPreTraining")
+_DECODER = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
 _POOLED = ("BertModel", "BertForPreTraining", "BertForSequenceClassification")
 
 
@@ -130,10 +131,16 @@ class Bert(Encoder):
             down_bias=tensors[block + "output.dense.bias"],
         )
 
+    def twins(self, config: Config) -> Mapping[str, str]:
+        if config["architectures"][0] not in _LANGUAGE or not config["tie_word_embeddings"]:
+            return {}
+        table = f"{self.base(config)}embeddings.word_embeddings.weight"
+        return dict(zip(_DECODER, (table, "cls.predictions.bias"), strict=True))
+
     def ignored(self, name: str) -> str | None:
         if name.endswith("embeddings.position_ids"):
             return "a buffer that transformers counts out"
-        if name in ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias"):
+        if name in _DECODER:
             return "tied to the word embeddings and to cls.predictions.bias"
         return super().ignored(name)
 

@@ -1,8 +1,12 @@
 """RoBERTa: BERT with another head, and positions that begin behind the padding token."""
 
+from collections.abc import Mapping
+
 from upcycle.families import Config, Weights
 from upcycle.families._weights import Bias, linear, norm, row_linear
 from upcycle.families.bert import Bert
+
+_DECODER = ("lm_head.decoder.weight", "lm_head.decoder.bias")
 
 
 class Roberta(Bert):
@@ -29,8 +33,14 @@ class Roberta(Bert):
         chooses = config["architectures"][0].endswith("ForMultipleChoice")
         return super().unlisted(config, name) and (chooses or ".pooler." not in name)
 
+    def twins(self, config: Config) -> Mapping[str, str]:
+        if not self.base(config) or not config["tie_word_embeddings"]:
+            return {}
+        table = f"{self.prefix}.embeddings.word_embeddings.weight"
+        return dict(zip(_DECODER, (table, "lm_head.bias"), strict=True))
+
     def ignored(self, name: str) -> str | None:
-        if name in ("lm_head.decoder.weight", "lm_head.decoder.bias"):
+        if name in _DECODER:
             return "tied to the word embeddings and to lm_head.bias"
         return super().ignored(name)
 

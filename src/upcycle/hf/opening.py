@@ -17,6 +17,7 @@ from upcycle.errors import UpcycleError, listed, shown
 from upcycle.families._checked import MOST_BLOCKS
 from upcycle.hf.parts import ALL_EXPERTS_FUNCTIONS
 from upcycle.nn import expert_by_expert, grouped, kernels
+from upcycle.nn.upcycled_config import CLASS_PREFIX
 
 ALL_EXPERTS_FUNCTIONS.register(kernels.EXPERT_BY_EXPERT, expert_by_expert.run)
 ALL_EXPERTS_FUNCTIONS.register(kernels.FOLLOWING, grouped.run)
@@ -156,13 +157,19 @@ def _faults(model: PreTrainedModel, report: Mapping[str, Any], left_out: Collect
 
 
 def _family(model: PreTrainedModel) -> tuple[families.Family | None, dict[str, Any]]:
-    """Return the dense family of a model and its full config; None and {} if there is no family."""
+    """Return the dense family of a model and its full config; None and {} if there is no family.
+
+    The class that is open counts, where config.json names another one that has the same body.
+    """
     raw = model.config.to_dict()
     target = targets.opened(raw)
     dense = (target.dense_config(raw) if target else None) or raw
     if (dense_type := str(dense.get("model_type"))) not in families.names():
         return None, {}
     family = families.find(dense_type)
+    open_now = type(model).__name__.removeprefix(CLASS_PREFIX)
+    if open_now in family.architectures:
+        dense = {**dense, "architectures": [open_now]}
     try:
         return family, dict(family.config(dense))
     except UpcycleError:  # transformers can open this model, but upcycle cannot convert it
