@@ -537,6 +537,29 @@ def test_embedding_models(architecture, tied, bare, wanted, dense, tmp_path):
         assert len(upcycle.inspect(tmp_path / target).blocks) == 4
 
 
+@pytest.mark.parametrize(
+    ("architecture", "head"),
+    [("LlamaForSequenceClassification", "score"), ("LlamaForQuestionAnswering", "qa_outputs")],
+)
+def test_a_classifier_whose_head_is_dropped_is_a_model_without_a_head(architecture, head, tmp_path):
+    source = tiny.make(tmp_path / "dense", architecture)
+    with pytest.raises(UpcycleError, match=rf"{head}\.weight.*leave (these tensors|them) out"):
+        blueprint(source, Recipe.of())
+    recipe = Recipe.of(moe={"num_experts": 2, "target": "upcycled"}, drop=[f"{head}.*"], router={"std": 0.5})
+    convert(source, tmp_path / "moe", recipe)
+    assert type(upcycle.open(tmp_path / "moe")).__name__ == "UpcycledLlamaModel"
+    if head == "score":  # AutoModel does not open what the other class stores
+        proof = verify(source, tmp_path / "moe")
+        assert proof.holds, proof.checks
+
+
+def test_a_body_whose_head_would_have_a_bias(tmp_path):
+    source = tiny.make(tmp_path / "dense", "PhiModel")
+    convert(source, tmp_path / "moe", Recipe.of(moe={"num_experts": 2, "target": "upcycled"}))
+    proof = verify(source, tmp_path / "moe")
+    assert proof.holds, proof.checks
+
+
 def test_a_missing_head_is_still_missed(dense, tmp_path):
     stored = load_file(dense("llama") / "model.safetensors")
     del stored["lm_head.weight"]

@@ -26,6 +26,7 @@ from upcycle.targets import natives
 from upcycle.targets.wrapped import Wrapped
 
 _DROPPED = "the recipe drops "  # the beginning of a reason; the pattern of the recipe follows
+_OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 _MOE_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
 
 
@@ -208,8 +209,9 @@ def _at_top(checkpoint: Checkpoint, stored: Collection[str], family: Family, own
     found = spelled(family, family.shapes(config).keys() - family.may_lack(config), stored)
     places.refuse_two(checkpoint.folder, found)
     names = found[0] if found else Names(former=family.former)
-    named = own.get("architectures") or [""]
-    bare = family.base_class == named[0] or (not names.body and not config["tie_word_embeddings"])
+    named = (own.get("architectures") or [""])[0]
+    untied = not config["tie_word_embeddings"]
+    bare = named == family.base_class or (untied and (not names.body or named.endswith(_OTHER_HEADS)))
     if found and family.base_class and bare and not _head_is_stored(family, names, stored):
         return places.WithoutHead(names=names)
     return Place(names=names)

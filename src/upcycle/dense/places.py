@@ -107,8 +107,8 @@ class WithoutHead(Place):
         return family.base_class
 
     def shapes(self, family: Family, config: Config) -> Shapes:
-        head = family.tied[0] if family.tied else ""
-        return {name: shape for name, shape in family.shapes(config).items() if name != head}
+        head = family.tied[0].rpartition(".")[0] + "." if family.tied else " "
+        return {name: shape for name, shape in family.shapes(config).items() if not name.startswith(head)}
 
     def around(self, target: Target) -> Target:
         return Headless.of(target)
