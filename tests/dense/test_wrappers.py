@@ -10,6 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import every_wrapper
 import ranks
 import tiny
 import tiny_wrappers
@@ -478,7 +479,7 @@ def test_blocks_for_further_tokens_that_the_target_does_not_have(moe, said, made
 
 def test_blocks_for_further_tokens_that_are_not_as_the_config_says(made, tmp_path):
     recipe = Recipe.of(moe={"mtp": "upcycle"})
-    with pytest.raises(UpcycleError, match="a llama has no blocks that predict further tokens"):
+    with pytest.raises(UpcycleError, match="knows of no blocks that predict further tokens in a llama"):
         blueprint(made("llava"), recipe)
     with pytest.raises(
         UpcycleError, match=r"holds 0 tensors .* mtp_num_hidden_layers = 0; set moe.mtp = drop"
@@ -556,6 +557,19 @@ def test_a_classifier_whose_head_is_dropped_is_a_model_without_a_head(architectu
 def test_a_body_whose_head_would_have_a_bias(tmp_path):
     source = tiny.make(tmp_path / "dense", "PhiModel")
     convert(source, tmp_path / "moe", Recipe.of(moe={"num_experts": 2, "target": "upcycled"}))
+    proof = verify(source, tmp_path / "moe")
+    assert proof.holds, proof.checks
+
+
+def test_blocks_that_predict_further_tokens_beside_an_exaone(tmp_path):
+    """They are left out, as transformers leaves them."""
+    source = tmp_path / "dense"
+    every_wrapper.make(source, "exaone4_5")
+    tensors = load_file(source / "model.safetensors") | {"mtp.fc.weight": torch.ones(2, 4)}
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    built = convert(source, tmp_path / "moe", Recipe.of(moe={"num_experts": 2, "target": "upcycled"}))
+    assert "further tokens" in built.left_out["mtp.fc.weight"]
+    assert "mtp.fc.weight" not in load_file(tmp_path / "moe" / "model.safetensors")
     proof = verify(source, tmp_path / "moe")
     assert proof.holds, proof.checks
 

@@ -65,8 +65,8 @@ def _predictor(dense: Dense, recipe: Recipe) -> Predictor:
     further, opened = dense.family.further, dense.checkpoint
     if further is None:
         raise UpcycleError(
-            f"moe.mtp = {recipe.moe.mtp}: a {dense.family.model_type} has no blocks that predict further "
-            f"tokens; take it out"
+            f"moe.mtp = {recipe.moe.mtp}: upcycle knows of no blocks that predict further tokens in a "
+            f"{dense.family.model_type}; take it out"
         )
     count = dense.place.config(opened.config).get(further.counted) or 0
     expected = dense.family.further_weights(dense.config, count)

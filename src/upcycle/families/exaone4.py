@@ -46,5 +46,10 @@ class Exaone4(Decoder):
         norms: Weights = {"self_attn.q_norm.weight": norm, "self_attn.k_norm.weight": norm}
         return super().attention(config, layer) | norms
 
+    def ignored(self, name: str) -> str | None:
+        if name.startswith("mtp."):
+            return "a block that predicts further tokens, which transformers never reads"
+        return super().ignored(name)
+
 
 family = Exaone4()
