@@ -64,6 +64,29 @@ def test_a_run_file_foretells_what_its_options_do(run, capsys):
     assert "forecast" not in planned(capsys, run)
 
 
+@pytest.mark.parametrize(
+    ("recompute", "words"),
+    [
+        (True, "blocks recomputed"),
+        ("selective", "blocks recomputed but for products and attention"),
+        (False, "nothing recomputed"),
+    ],
+)
+def test_a_run_file_says_what_is_recomputed(recompute, words, run, capsys):
+    keys = (
+        "--set",
+        f"train.activation_checkpointing={json.dumps(recompute)}",
+        "--set",
+        "train.batch_tokens=512",
+    )
+    found = planned(capsys, run, "--world", "16", *keys)["forecast"]
+    source = Run.load(run).source
+    python = upcycle.foretell(source, MOE, world=16, ep=4, rows=2, context=16, recompute=recompute)
+    assert found == json.loads(json.dumps(python.as_dict()))
+    cli.main(["plan", str(run), "--world", "16", *keys])
+    assert f"16 tokens, {words}\n" in capsys.readouterr().out
+
+
 def of_rows(length: int, source: Path) -> Run:
     """A run of 16 rows a step, which no data are there for."""
     return Run.of(

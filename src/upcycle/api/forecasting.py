@@ -90,8 +90,7 @@ def foretell_run(run: Run, *, world: int, gpu: str = "H100") -> Outlook:
         rows=rows,
         passes=-(-share // rows),
         precision=precision,
-        # The selective form computes no product twice. Its memory is at most that without any.
-        recompute=train.activation_checkpointing is True,
+        recompute=train.activation_checkpointing,
         state=(run.optimizer.state_bytes(width), run.optimizer.state_bytes(width, outside=True)),
         teacher=admit(peek(beside.source, label="teacher"), drop=beside.drop) if beside else None,
     )
