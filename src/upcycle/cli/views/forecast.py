@@ -41,6 +41,8 @@ def show_outlook(outlook: Outlook) -> None:
     )
     for said, seconds in (("overlapped", time.overlapped), ("one after another", time.in_turn)):
         out.print(f"{said}: {seconds:.2f} s, {outlook.mfu(seconds):.1%} of the peak FLOP/s")
+    for note in outlook.notes:
+        out.print(note)
 
 
 _RECOMPUTED: dict[Recompute, str] = {
