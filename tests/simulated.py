@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import masking_utils
+from transformers import PreTrainedModel, masking_utils
 from transformers.distributed import DistributedConfig
 
 from upcycle.blueprints.blueprint import Blueprint
@@ -33,7 +33,8 @@ from upcycle.forecast.setting import Recompute
 from upcycle.hf import building, distributing, heads, meshes, models, opening
 from upcycle.nn import kernels
 from upcycle.sharding.layout import Layout
-from upcycle.training import chunked_entropy, gradients, recomputing
+from upcycle.training import chunked_entropy, gradients, optimizer, recomputing
+from upcycle.training.optimizers import Optimizer
 
 aten = torch.ops.aten
 
@@ -63,6 +64,11 @@ class Traffic(TorchDispatchMode):
         self.bytes: Counter[tuple[str, int]] = Counter()
         self.pairs = pairs
         self.waits: list[int] = []
+
+    @property
+    def counted(self) -> dict[tuple[str, int], tuple[int, int]]:
+        """The times and the bytes among more than one rank, by kind and number of ranks."""
+        return {kind: (self.seen[kind], self.bytes[kind]) for kind in self.seen if kind[1] > 1}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(kind is DTensor for kind in types):
@@ -118,16 +124,11 @@ def entropy(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(wide, ids.flatten(), reduction="sum")
 
 
-def step(
-    built: Blueprint,
-    layout: Layout,
-    *,
-    rows: int,
-    length: int,
-    precision: Literal["mixed", "bfloat16"] = "mixed",
-    recompute: Recompute = False,
-) -> Step:
-    """Forward, cross-entropy, backward and the norm of the gradient on `rows` rows of `length`."""
+@contextmanager
+def distributed(
+    built: Blueprint, layout: Layout, precision: Literal["mixed", "bfloat16"]
+) -> Iterator[PreTrainedModel]:
+    """The part of a blueprint's model that the first rank of a layout has, in tensors without data."""
     config = DistributedConfig(
         dp_replicate_size=layout.replicate, fsdp_size=layout.fsdp, tp_size=layout.tp, ep_size=layout.ep,
         fsdp_mixed_precision=precision == "mixed" and layout.dp > 1,
@@ -150,23 +151,45 @@ def step(
             building.finish(model, torch.device("cpu"))
             opening.choose_experts(model, how)
             model.config.use_cache = False
-            if recompute:
-                recomputing.install(model, recompute)
-            model.train()
-            moments = [[torch.zeros_like(p), torch.zeros_like(p)] for p in model.parameters()]
-            ids = torch.zeros(rows, length, dtype=torch.long)
-            pairs = rows * length * built.sites[0].top_k // layout.ep // layout.tp if built.sites else 1
-            memory, traffic = Peak(), Traffic(pairs)
-            memory.track_external(model, *itertools.chain(*moments))
-            with memory, traffic:
-                loss = entropy(model, ids)
-                (loss * layout.dp).backward()
-                del loss
-            with traffic:
-                gradients.squared_norms(
-                    {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-                )
+            yield model
+
+
+def step(
+    built: Blueprint,
+    layout: Layout,
+    *,
+    rows: int,
+    length: int,
+    precision: Literal["mixed", "bfloat16"] = "mixed",
+    recompute: Recompute = False,
+) -> Step:
+    """Forward, cross-entropy, backward and the norm of the gradient on `rows` rows of `length`."""
+    with distributed(built, layout, precision) as model:
+        if recompute:
+            recomputing.install(model, recompute)
+        model.train()
+        moments = [[torch.zeros_like(p), torch.zeros_like(p)] for p in model.parameters()]
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        pairs = rows * length * built.sites[0].top_k // layout.ep // layout.tp if built.sites else 1
+        memory, traffic = Peak(), Traffic(pairs)
+        memory.track_external(model, *itertools.chain(*moments))
+        with memory, traffic:
+            loss = entropy(model, ids)
+            (loss * layout.dp).backward()
+            del loss
+        with traffic:
+            gradients.squared_norms({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     found = memory.get_tracker_snapshot("peak")[torch.device("cpu")]
     parts = {getattr(kind, "value", kind): size for kind, size in found.items()}
-    counted = {kind: (traffic.seen[kind], traffic.bytes[kind]) for kind in traffic.seen if kind[1] > 1}
-    return Step(parts.pop("Total"), parts, counted, tuple(traffic.waits))
+    return Step(parts.pop("Total"), parts, traffic.counted, tuple(traffic.waits))
+
+
+def update(built: Blueprint, layout: Layout, settings: Optimizer) -> dict[tuple[str, int], tuple[int, int]]:
+    """Return the collectives of an update of an optimizer: times and bytes, by kind and number of ranks."""
+    with distributed(built, layout, "mixed") as model:
+        made = optimizer.make(model, settings)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        with Traffic(1) as traffic:
+            made.step()
+    return traffic.counted

@@ -18,7 +18,7 @@ from upcycle.forecast import head, memory, time, traffic
 from upcycle.forecast.setting import Setting
 from upcycle.recipe import Recipe
 from upcycle.sharding.layout import Layout
-from upcycle.training import chunked_entropy
+from upcycle.training import chunked_entropy, optimizers
 from upcycle.training.rehearsal import rehearse
 
 ROWS, LENGTH = 2, 64
@@ -77,6 +77,17 @@ def test_collectives_are_those_that_torch_dispatches(both, number):
     """The number of calls and their bytes, by kind and number of ranks."""
     setting, step = both(number)
     assert traffic.by_kind(traffic.collectives(setting)) == step.traffic
+
+
+@pytest.mark.parametrize(
+    "layout", sampled([Layout(fsdp=8), Layout(fsdp=8, ep=4), Layout(replicate=2, fsdp=2, tp=2)], 1), ids=str
+)
+@pytest.mark.parametrize("name", ["adafactor", "adamw", "muon", "sgd"])
+def test_an_update_with_collectives_of_its_own_is_said_to_be_left_out(name, layout, sources):
+    """torch dispatches some for exactly the optimizers of which a forecast says that they are not counted."""
+    settings = optimizers.find(name)()
+    sent = simulated.update(blueprint(sources[False], Recipe.of(moe=NATIVE)), layout, settings)
+    assert bool(sent) == (settings.not_foretold is not None)
 
 
 @pytest.mark.parametrize("number", range(len(STEPS)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,15 @@ from upcycle.data.corruption import span_lengths
 from upcycle.forecast import outlook, time
 from upcycle.forecast.traffic import Collective
 from upcycle.system import gpus
+from upcycle.system.wording import size
 from upcycle.training.rehearsal import rehearse
 from upcycle.training.run import Run
 
+LLAMA_8B = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096,
+    "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "max_position_embeddings": 8192, "torch_dtype": "bfloat16",
+}  # fmt: skip
 MOE = {"moe": {"num_experts": 8}}
 UNITS = {"B": 1, "kB": 1e3, "MB": 1e6}
 
@@ -62,6 +69,90 @@ def test_a_run_file_foretells_what_its_options_do(run, capsys):
     python = upcycle.foretell(source, MOE, world=16, ep=4, rows=2, context=16)
     assert json.loads(json.dumps(python.as_dict())) == once
     assert "forecast" not in planned(capsys, run)
+
+
+@pytest.mark.parametrize(
+    ("recompute", "words"),
+    [
+        (True, "blocks recomputed"),
+        ("selective", "blocks recomputed but for products and attention"),
+        (False, "nothing recomputed"),
+    ],
+)
+def test_a_run_file_says_what_is_recomputed(recompute, words, run, capsys):
+    keys = (
+        "--set",
+        f"train.activation_checkpointing={json.dumps(recompute)}",
+        "--set",
+        "train.batch_tokens=512",
+    )
+    found = planned(capsys, run, "--world", "16", *keys)["forecast"]
+    source = Run.load(run).source
+    python = upcycle.foretell(source, MOE, world=16, ep=4, rows=2, context=16, recompute=recompute)
+    assert found == json.loads(json.dumps(python.as_dict()))
+    cli.main(["plan", str(run), "--world", "16", *keys])
+    assert f"16 tokens, {words}\n" in capsys.readouterr().out
+
+
+def shown(capsys, *options):
+    cli.main(["plan", *map(str, options)])
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_an_update_that_is_not_counted_is_named(run, capsys):
+    said = "not counted: in each update optimizer.name = muon exchanges the matrices that ranks share"
+    assert said in shown(capsys, run, "--world", "16", "--set", "optimizer.name=muon")
+    assert "not counted" not in shown(capsys, run, "--world", "16")
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A run of Llama 3 8B with 2048 rows of 8192 tokens a step, which does not say how many are in a pass."""
+    folder = tmp_path_factory.mktemp("large")
+    path = folder / "run.toml"
+    path.write_text(
+        f'''source = "{tiny.make_headers(folder / "llama", LLAMA_8B)}"
+out = "runs/moe"
+moe = {{num_experts = 8}}
+data = {{sources = [{{path = "none.txt"}}]}}
+train = {{steps = 1, batch_tokens = 16777216, sequence_length = 8192, activation_checkpointing = true}}
+schedule = {{peak = 1e-3}}
+parallel = {{ep = 8}}
+'''
+    )
+    return path
+
+
+def test_a_pass_has_as_many_rows_as_fit(large, capsys):
+    """Of 16 rows on a GPU, those of 80 GB hold 8 in a pass, as the forecasts of each number say."""
+    by_rows = {
+        rows: foretell_run(Run.load(large, [f"train.micro_batch={rows}"]), world=128)
+        for rows in (1, 2, 4, 8, 16)
+    }
+    assert [rows for rows, each in by_rows.items() if each.fits] == [1, 2, 4, 8]
+    found = foretell_run(Run.load(large), world=128)
+    assert replace(found, notes=()).as_dict() == by_rows[8].as_dict()
+    said = shown(capsys, large, "--world", "128")
+    assert "2 x 8 rows of 8192 tokens" in said
+    assert "it fits" in said
+    assert "8 of a GPU's 16 rows in a pass are the most that fit; a run without train.micro_batch" in said
+    whole = foretell_run(Run.load(large), world=128, gpu="H200")
+    assert (whole.setting.rows, whole.fits, whole.notes) == (16, True, ())
+
+
+@pytest.mark.parametrize(
+    ("world", "key", "rows"),
+    [
+        (8, "train.activation_checkpointing=false", 1),
+        (128, "router.balance_loss=pooled", 16),  # losses of parts do not add up
+    ],
+)
+def test_a_run_that_cannot_be_cut_until_it_fits(world, key, rows, large):
+    found = foretell_run(Run.load(large, [key]), world=world)
+    assert (found.setting.rows, found.fits) == (rows, False)
+    assert found.notes == (
+        f"no number of rows in a pass fits: the fewest, {rows}, need {size(found.peak.total)}",
+    )
 
 
 def of_rows(length: int, source: Path) -> Run:

@@ -175,6 +175,7 @@ BAD = {
         "replicate x fsdp x tp ask for 8 process.* and there are 16",
     ),
     "zero": (Layout(fsdp=16, tp=0), {}, "each must be 1 or more"),
+    "no copy": (Layout(replicate=0, fsdp=16), {}, "^replicate = 0, fsdp = 16.*each must be 1 or more"),
     "ep": (Layout(fsdp=16, ep=3), {}, "ep must be a multiple of tp and divide fsdp x tp"),
     "ep over replicas": (Layout(replicate=2, fsdp=8, ep=16), {}, "ep must be a multiple of tp and divide"),
     "beyond": (Layout(fsdp=16, ep=16), {"experts": [8]}, "ep must divide the 8 experts of a layer"),

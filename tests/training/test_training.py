@@ -114,6 +114,22 @@ def test_inverse_sqrt_goes_on_where_the_dense_run_stopped():
     )  # T5: 1e-2 at 1e2, 1e-3 at 1e4
 
 
+def test_the_warm_up_of_the_dense_run_brings_no_warnings():
+    """Of a warm-up of 100 steps, none is left after 1000 steps of the dense run, and 60 after 40."""
+
+    def said(start_step, total, **keys):
+        return " ".join(InverseSqrt(peak=0.01, warmup=100, start_step=start_step, **keys).warnings(total))
+
+    assert said(1000, 6) == said(1000, 500, decay=450) == said(40, 61) == ""
+    assert "inside its warm-up of 60" in said(40, 60)
+    assert "the warm-up and the decay take 60 and 50 steps and the run is 100" in said(40, 100, decay=50)
+    assert InverseSqrt(peak=0.01, warmup=100, start_step=99, warmup_from=0.5).at(0, 9) == pytest.approx(0.01)
+    with pytest.raises(
+        UpcycleError, match=r"warmup_from = 0\.5 .* start_step = 100 the warm-up of 100 steps"
+    ):
+        InverseSqrt(peak=0.01, warmup=100, start_step=100, warmup_from=0.5)
+
+
 # --- balance ---
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,10 @@ from upcycle.forecast.setting import Precision, Recompute, Setting
 from upcycle.recipe import RecipeLike
 from upcycle.sharding.layout import Layout
 from upcycle.system import gpus
+from upcycle.system.gpus import Gpu
+from upcycle.system.wording import size
 from upcycle.tasks._positions import row_of
+from upcycle.training import parts
 from upcycle.training.course import Course, Leg
 
 if TYPE_CHECKING:
@@ -62,10 +66,10 @@ def foretell(
 def foretell_run(run: Run, *, world: int, gpu: str = "H100") -> Outlook:
     """Return what a step of a run needs on one of `world` GPUs of the kind `gpu`.
 
-    Without train.micro_batch a rank has all its rows in one forward pass. Of several stages it is the one
-    that needs the most memory. If a part is not trained, this asks torch for the names of parameters, and
-    takes the backward pass to go through all blocks. Raises `UpcycleError` if the run does not fit the
-    world, or trains a dense model.
+    Without train.micro_batch a forward pass has as many of a rank's rows as fit. Of several stages it is the
+    one that needs the most memory. What Muon and Adafactor exchange in an update is not counted. If a part is
+    not trained, this asks torch for the names of parameters, and takes the backward pass to go through all
+    blocks. Raises `UpcycleError` if the run does not fit the world, or trains a dense model.
     """
     if run.recipe is None:
         raise UpcycleError("a forecast is for a Mixture of Experts, and the run file has no [moe]; add one")
@@ -79,24 +83,61 @@ def foretell_run(run: Run, *, world: int, gpu: str = "H100") -> Outlook:
             f"the {train.rows} rows of a global batch do not divide among {layout.dp} groups of ranks; "
             f"change train.batch_tokens, train.batch_size or the layout"
         )
-    rows = min(train.micro_batch or share, share)
     precision: Precision = "mixed" if train.precision == "auto" else train.precision
     width = 2 if precision == "bfloat16" else 4
     beside = None if run.teacher is None or run.teacher.top_logits is not None else run.teacher
+    lengths = _lengths_of(run, built)
     setting = Setting(
         built=built,
         layout=layout,
-        lengths=_lengths_of(run, built),
-        rows=rows,
-        passes=-(-share // rows),
+        lengths=lengths,
         precision=precision,
-        # The selective form computes no product twice. Its memory is at most that without any.
-        recompute=train.activation_checkpointing is True,
+        recompute=train.activation_checkpointing,
         state=(run.optimizer.state_bytes(width), run.optimizer.state_bytes(width, outside=True)),
         teacher=admit(peek(beside.source, label="teacher"), drop=beside.drop) if beside else None,
     )
-    found = [outlook.of(_of_leg(setting, leg), gpus.find(gpu)) for leg in Course(run).legs]
+    legs = [_of_leg(setting, leg) for leg in Course(run).legs]
+    if train.micro_batch is not None:
+        found = _of_rows(legs, min(train.micro_batch, share), share, gpus.find(gpu))
+    else:
+        found = _that_fits(legs, parts.sizes(run, built, lengths, share), gpus.find(gpu))
+    if (left_out := run.optimizer.not_foretold) is None:
+        return found
+    said = (
+        f"not counted: in each update optimizer.name = {run.optimizer.name} {left_out}, which takes memory, "
+        f"traffic and time"
+    )
+    return replace(found, notes=(*found.notes, said))
+
+
+def _of_rows(legs: Sequence[Setting], rows: int, share: int, gpu: Gpu) -> Outlook:
+    """Return the forecast of the stage that needs the most memory.
+
+    A rank has `share` rows of a step, and `rows` of them in a pass.
+    """
+    passes = -(-share // rows)
+    found = [outlook.of(replace(leg, rows=rows, passes=passes), gpu) for leg in legs]
     return max(found, key=lambda each: each.peak.total)
+
+
+def _that_fits(legs: Sequence[Setting], sizes: Sequence[int], gpu: Gpu) -> Outlook:
+    """Return the forecast with as many rows in a pass as fit, and with the fewest if none fit.
+
+    The last of `sizes` is all rows of a rank. `training/micro_batch.py` chooses among the same numbers.
+    """
+    share = sizes[-1]
+    found = next((each for rows in reversed(sizes) if (each := _of_rows(legs, rows, share, gpu)).fits), None)
+    if found is None:
+        least = _of_rows(legs, sizes[0], share, gpu)
+        said = f"no number of rows in a pass fits: the fewest, {sizes[0]}, need {size(least.peak.total)}"
+        return replace(least, notes=(said,))
+    if found.setting.rows == share:
+        return found
+    said = (
+        f"{found.setting.rows} of a GPU's {share} rows in a pass are the most that fit; a run without "
+        f"train.micro_batch chooses by the memory that it finds, and may take another number"
+    )
+    return replace(found, notes=(said,))
 
 
 def _of_leg(setting: Setting, leg: Leg) -> Setting:

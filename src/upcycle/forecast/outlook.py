@@ -25,6 +25,7 @@ class Outlook:
     peak: Memory
     collectives: tuple[Collective, ...]
     time: Time
+    notes: tuple[str, ...] = ()  # what else a user must know, one sentence each
 
     @property
     def fits(self) -> bool:
@@ -69,6 +70,7 @@ class Outlook:
             },
             "mfu": {"overlapped": self.mfu(found.overlapped), "in_turn": self.mfu(found.in_turn)},
             "tokens": self.tokens,
+            "notes": [*self.notes],
             "assumed": {"arithmetic": time.ARITHMETIC, "link": time.LINK},
         }
 

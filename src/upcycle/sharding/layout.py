@@ -86,7 +86,7 @@ class Layout:
         the first.
         """
         sizes = asdict(self)
-        said = prefix + ", ".join(f"{names[k]} = {n}" for k, n in sizes.items() if k != "replicate" or n > 1)
+        said = prefix + ", ".join(f"{names[k]} = {n}" for k, n in sizes.items() if k != "replicate" or n != 1)
         said += f" on {world} process(es)"
         if min(sizes.values()) < 1:
             raise UpcycleError(f"{said}: each must be 1 or more")

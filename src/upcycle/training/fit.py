@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -126,15 +125,6 @@ def refuse_uneven_rows(run: Run, dp_size: int) -> None:
             f"a batch is {run.train.rows} rows, which {dp_size} data-parallel ranks cannot share "
             f"evenly; change train.batch_tokens or train.batch_size"
         )
-
-
-def rows_of_groups(built: Blueprint | None, lengths: Mapping[str, int]) -> int:
-    """Return the smallest number of rows that is whole groups of every router.
-
-    `lengths` are the tokens of a row in each stack.
-    """
-    groups = {name: part.router.group for name, part in _parts(built).items() if part.router.group}
-    return math.lcm(*(group // math.gcd(group, lengths[name]) for name, group in groups.items()))
 
 
 def refuse_broken_groups(run: Run, built: Blueprint | None, lengths: Mapping[str, int], dp_size: int) -> None:

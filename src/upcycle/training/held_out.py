@@ -14,7 +14,7 @@ from torch import Tensor
 
 from upcycle.errors import UpcycleError
 from upcycle.tasks import Batch
-from upcycle.training import fit, transfer
+from upcycle.training import parts, transfer
 from upcycle.training.parallel import Ranks
 from upcycle.training.trainee import Trainee
 
@@ -67,7 +67,7 @@ class HeldOut:
 
 def whole(trainee: Trainee) -> int:
     """Return the smallest number of rows that is whole groups of every router of a model."""
-    return fit.rows_of_groups(trainee.start.built, trainee.lengths)
+    return parts.rows_of_groups(trainee.start.built, trainee.lengths)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ import torch
 from upcycle.records.state import RunState
 from upcycle.sharding.layout import Layout
 from upcycle.system import memory, progress
-from upcycle.training import fit
+from upcycle.training import parts
 from upcycle.training.course import Course
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
@@ -58,7 +58,7 @@ def chosen(
     most = before if most is None else most
     if most is None or share <= most:
         return run
-    if not _may_be_cut(run, begun):
+    if not parts.may_be_cut(run, begun.built):
         if before is not None and here.first:
             progress.warn(
                 f"each process has {share} rows in one pass instead of {before}, because balance losses of "
@@ -66,9 +66,8 @@ def chosen(
                 f"train.micro_batch"
             )
         return run
-    whole = fit.rows_of_groups(begun.built, lengths)
-    sizes = [n for n in range(whole, share + 1, whole) if share % n == 0]
-    return _with(run, max([n for n in sizes if n <= most] or sizes[:1], default=share))
+    sizes = parts.sizes(run, begun.built, lengths, share)
+    return _with(run, max((n for n in sizes if n <= most), default=sizes[0]))
 
 
 def _share_of(run: Run, state: RunState) -> int | None:
@@ -78,13 +77,6 @@ def _share_of(run: Run, state: RunState) -> int | None:
 
 def _with(run: Run, rows: int) -> Run:
     return replace(run, train=replace(run.train, micro_batch=rows))
-
-
-def _may_be_cut(run: Run, begun: Start) -> bool:
-    """Return whether the losses of parts add up to those of the batch, or nearly so (`balance_counts`)."""
-    routed = begun.built is not None and bool(begun.built.sites)
-    routers = [leg.run.router for leg in Course(run).legs]
-    return not routed or all(router.balance_loss == "per_layer" for router in routers)
 
 
 def _rows_that_fit(

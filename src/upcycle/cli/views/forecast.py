@@ -10,6 +10,7 @@ from upcycle.system.wording import count, size
 
 if TYPE_CHECKING:
     from upcycle.forecast.outlook import Outlook
+    from upcycle.forecast.setting import Recompute
 
 
 def show_outlook(outlook: Outlook) -> None:
@@ -18,7 +19,7 @@ def show_outlook(outlook: Outlook) -> None:
     rows = (
         f"{setting.passes} x {setting.rows} rows of {' + '.join(map(str, setting.lengths.values()))} tokens"
     )
-    again = "blocks recomputed" if setting.recompute else "nothing recomputed"
+    again = _RECOMPUTED[setting.recompute]
     out.print(f"\non {setting.layout.world} {outlook.gpu.name}: {setting.layout}, {rows}, {again}")
     memory = grid("memory of the most loaded GPU", "", "held", "at the peak")
     for name, said in _PARTS.items():
@@ -40,8 +41,15 @@ def show_outlook(outlook: Outlook) -> None:
     )
     for said, seconds in (("overlapped", time.overlapped), ("one after another", time.in_turn)):
         out.print(f"{said}: {seconds:.2f} s, {outlook.mfu(seconds):.1%} of the peak FLOP/s")
+    for note in outlook.notes:
+        out.print(note)
 
 
+_RECOMPUTED: dict[Recompute, str] = {
+    True: "blocks recomputed",
+    "selective": "blocks recomputed but for products and attention",
+    False: "nothing recomputed",
+}
 _PARTS = {
     "weights": "weights",
     "moments": "moments",

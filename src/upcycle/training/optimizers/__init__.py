@@ -38,6 +38,8 @@ class Optimizer(Named, abc.ABC):
 
     summary: ClassVar[str]
     by_role: ClassVar[bool] = False  # whether groups of `make` have a `role`, which it takes out
+    # what each update does beside the arithmetic of single numbers, which a forecast leaves out
+    not_foretold: ClassVar[str | None] = None
 
     # start from the moments that `upcycle export --optimizer` left in the source, tiled to experts
     carry_state: bool = False

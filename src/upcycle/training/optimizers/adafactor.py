@@ -27,6 +27,7 @@ class Adafactor(Optimizer):
 
     summary = "second moments in rows and columns: a fraction of Adam's memory"
     by_role: ClassVar[bool] = True
+    not_foretold: ClassVar[str | None] = "sums up what ranks that share a matrix know of rows and columns"
 
     weight_decay: Annotated[float, AtLeast(0)] = 0.0  # weight decay of matrices; see `optimizer.decays`
     decay: Annotated[float, AtLeast(0)] = 0.8  # c of beta2 = 1 - step^-c

@@ -29,6 +29,7 @@ class Muon(Optimizer):
 
     summary = "orthogonalised momentum for matrices and experts, AdamW for the rest"
     by_role: ClassVar[bool] = True
+    not_foretold: ClassVar[str | None] = "exchanges the matrices that ranks share, and makes each orthogonal"
 
     momentum: Annotated[float, Within("[0, 1)")] = 0.95  # decay of the mean of gradients of hidden matrices
     nesterov: bool = True  # whether the update looks one gradient ahead of that mean

@@ -66,12 +66,17 @@ class Schedule(Named, abc.ABC):
         """Return the number of updates including update `step`, and those of an earlier run."""
         return step + 1
 
+    @property
+    def warming(self) -> int:
+        """The number of this run's updates in the warm-up; an earlier run may have had some of it."""
+        return max(0, self.warmup - self.count(-1))
+
     def warnings(self, total: int) -> list[str]:
         """Return warnings about this schedule in a run of `total` steps, one sentence each."""
-        if not 0 < total <= self.warmup:
+        if not 0 < total <= self.warming:
             return []
         return [
-            f"the run ends after {total:,} steps, inside its warm-up of {self.warmup:,}: the rate never "
+            f"the run ends after {total:,} steps, inside its warm-up of {self.warming:,}: the rate never "
             f"reaches schedule.peak; shorten schedule.warmup, or train longer"
         ]
 
@@ -91,7 +96,7 @@ def early(warmup: int, decay: int, total: int) -> list[str]:
     if total <= warmup or warmup + decay <= total:
         return []
     return [
-        f"schedule.warmup and decay are {warmup:,} and {decay:,} steps and the run is {total:,}: the rate "
+        f"the warm-up and the decay take {warmup:,} and {decay:,} steps and the run is {total:,}: the rate "
         f"comes down before it has reached schedule.peak; shorten them, or train longer"
     ]
 
