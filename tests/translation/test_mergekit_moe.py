@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch
 
 import tiny
 import upcycle
@@ -120,7 +122,7 @@ def test_a_random_one_is_what_mergekit_makes(named, tmp_path):
     ("mode", "init", "collect"),
     [
         ("hidden_last", {"name": "mergekit_hidden"}, "mergekit_hidden"),
-        ("hidden_avg", {"name": "mergekit_hidden", "average": True}, "mergekit_hidden"),
+        ("hidden_avg", {"name": "mergekit_hidden", "average": True}, "mergekit_hidden_avg"),
         ("cheap_embed", {"name": "cheap_embed"}, "cheap_embed"),
     ],
 )
@@ -128,6 +130,31 @@ def test_modes_with_prompts(mode, init, collect, named, tmp_path):
     made = upcycle.translate(written(tmp_path, DOCUMENTED.format(mode=mode, **named)))
     assert made.table["router"]["init"] == {**init, "statistics": "statistics.safetensors"}
     assert made.collect == collect
+
+
+@pytest.mark.parametrize(
+    ("mode", "row"),
+    [
+        ("hidden", "residual.layers.1.mergekit_hidden"),
+        ("hidden_last", "residual.layers.1.mergekit_hidden"),
+        ("hidden_avg", "residual.layers.1.mergekit_hidden_avg"),
+        ("cheap_embed", "embedding.layers.0.cheap_embed"),
+    ],
+)
+def test_the_printed_commands_make_the_model(mode, row, tmp_path, monkeypatch, capsys):
+    """Each one runs, and the second reads what the first has written."""
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("base", 0), ("donor", 1)):
+        tiny.make_bytes_tokenizer(tiny.make_dense(tmp_path / name, "llama", seed=seed, vocab_size=259))
+    tiny.make_adapter(tmp_path / "adapter", tmp_path / "base")
+    written(tmp_path, DOCUMENTED.format(mode=mode, base="base", donor="donor", adapter="adapter"))
+    cli.main(["recipe", "config.yml", "--out", "recipe.toml"])
+    calibrate, convert = (shlex.split(line)[1:] for line in capsys.readouterr().out.splitlines()[2:])
+    cli.main(calibrate)
+    cli.main(convert)
+    router = load_torch("OUT/model.safetensors")["model.layers.1.block_sparse_moe.gate.weight"]
+    wanted = load_file("statistics.safetensors")[row]
+    assert torch.equal(router, torch.from_numpy(wanted).bfloat16())
 
 
 def test_uniform_random_has_the_width_of_the_model(named, tmp_path):

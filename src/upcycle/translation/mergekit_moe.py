@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from upcycle.checkpoints.checkpoint import read_json
 from upcycle.checkpoints.header import refuse_special
 from upcycle.errors import UpcycleError, listed, shown
+from upcycle.nn.router_starts._measured import Measured
 from upcycle.recipe import Recipe
 from upcycle.settings import AtLeast, Settings, keys, read, table_at, writing
 from upcycle.system.wording import quoted
@@ -83,7 +84,8 @@ class Translation:
     @property
     def collect(self) -> str:
         """The statistics that `upcycle calibrate` has to collect for the router; empty if none."""
-        return str(self.table["router"]["init"]["name"]) if self.prompts else ""
+        start = Recipe.of(self.table).router.start
+        return start.collect if isinstance(start, Measured) else ""
 
     def commands(self, recipe: str, prompts: str = PROMPTS) -> tuple[str, ...]:
         """Return the commands that make the model, for the names of the two files."""
