@@ -340,7 +340,8 @@ class Native(WithExperts):
                 f"neurons is there with a zero down projection, and training may use it"
             )
         config = built.target.own_config(built.config)
-        found = reasons(self.clients, config, self.model_type, within=built.target.is_around)
+        within, can_untie = built.target.is_around, built.dense.can_untie
+        found = reasons(self.clients, config, self.model_type, within=within, can_untie=can_untie)
         for client, why in found.items():
             out.append(f"{client} {why}: it will not reproduce this model's function")
         if unknown := built.dense.unknown_keys:
