@@ -353,6 +353,15 @@ def test_mistakes_in_a_recipe_are_named(router, experts, said, measured, stories
         blueprint(stories, Recipe.of(moe={"num_experts": experts, "target": "upcycled"}, router=router))
 
 
+@pytest.mark.parametrize("average", [False, True])
+def test_what_mergekit_hidden_asks_for_is_what_it_reads(average, measured, stories):
+    wanted = "mergekit_hidden_avg" if average else "mergekit_hidden"
+    start = {"name": "mergekit_hidden", "average": average}
+    with pytest.raises(UpcycleError, match=f"--collect {wanted} --prompts PROMPTS.toml --out"):
+        rows_of(stories, start)
+    assert rows_of(stories, {**start, "statistics": str(measured.path)})
+
+
 def test_statistics_of_another_model_or_without_domains_are_refused(measured, stories, dense, tmp_path):
     start = {"name": "prompts", "statistics": str(measured.path)}
     with pytest.raises(UpcycleError, match="was calibrated on stories260k"):

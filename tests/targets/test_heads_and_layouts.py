@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import tiny_wrappers
 from marks import sampled
 from upcycle import Recipe, UpcycleError, convert, families, plan, verify
 from upcycle.inspection import inspect
@@ -38,6 +39,7 @@ def test_an_untied_head_is_a_copy_of_the_embeddings(target, dense, tmp_path):
     assert b.flops_per_token == a.flops_per_token
     said = [warning for warning in a.warnings if "SGLang never ties" in warning]
     assert len(said) == (target == "native")
+    assert all("(moe.untie = true stores a head): it" in warning for warning in said)
     assert not any("SGLang" in warning for warning in b.warnings)
 
 
@@ -49,6 +51,16 @@ def test_what_cannot_be_untied(dense, tmp_path):
         plan(source, Recipe.of(moe={**MOE, "target": "upcycled", "untie": True}))
     whole = plan(dense("qwen3"), Recipe.of(moe={**MOE, "untie": True}))
     assert whole.total_parameters == plan(dense("qwen3"), Recipe.of(moe=MOE)).total_parameters
+
+
+@pytest.mark.parametrize("moe", [{}, {"part_only": "text"}])
+def test_a_part_of_a_checkpoint_is_not_told_to_untie_its_head(moe, tmp_path):
+    """moe.untie is refused there, so no warning proposes it."""
+    source = tiny_wrappers.make(tmp_path / "internvl", "internvl", tie_word_embeddings=True)
+    (said,) = (w for w in plan(source, Recipe.of(moe={**MOE, **moe})).warnings if "never ties" in w)
+    assert said.startswith("SGLang never ties the head of qwen3_moe to its embeddings:")
+    with pytest.raises(UpcycleError, match=r"moe\.untie is for"):
+        plan(source, Recipe.of(moe={**MOE, **moe, "untie": True}))
 
 
 def test_experts_of_qwen3_5_are_stored_fused_and_read_in_both_forms(dense, tmp_path):

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch
 
 import tiny
 import upcycle
-from upcycle import Recipe, UpcycleError, blueprint, cli
+from upcycle import Recipe, UpcycleError, blueprint, cli, families
 from upcycle.advice import recipe_file
 
 DOCUMENTED = """
@@ -120,7 +122,7 @@ def test_a_random_one_is_what_mergekit_makes(named, tmp_path):
     ("mode", "init", "collect"),
     [
         ("hidden_last", {"name": "mergekit_hidden"}, "mergekit_hidden"),
-        ("hidden_avg", {"name": "mergekit_hidden", "average": True}, "mergekit_hidden"),
+        ("hidden_avg", {"name": "mergekit_hidden", "average": True}, "mergekit_hidden_avg"),
         ("cheap_embed", {"name": "cheap_embed"}, "cheap_embed"),
     ],
 )
@@ -128,6 +130,31 @@ def test_modes_with_prompts(mode, init, collect, named, tmp_path):
     made = upcycle.translate(written(tmp_path, DOCUMENTED.format(mode=mode, **named)))
     assert made.table["router"]["init"] == {**init, "statistics": "statistics.safetensors"}
     assert made.collect == collect
+
+
+@pytest.mark.parametrize(
+    ("mode", "row"),
+    [
+        ("hidden", "residual.layers.1.mergekit_hidden"),
+        ("hidden_last", "residual.layers.1.mergekit_hidden"),
+        ("hidden_avg", "residual.layers.1.mergekit_hidden_avg"),
+        ("cheap_embed", "embedding.layers.0.cheap_embed"),
+    ],
+)
+def test_the_printed_commands_make_the_model(mode, row, tmp_path, monkeypatch, capsys):
+    """Each one runs, and the second reads what the first has written."""
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("base", 0), ("donor", 1)):
+        tiny.make_bytes_tokenizer(tiny.make_dense(tmp_path / name, "llama", seed=seed, vocab_size=259))
+    tiny.make_adapter(tmp_path / "adapter", tmp_path / "base")
+    written(tmp_path, DOCUMENTED.format(mode=mode, base="base", donor="donor", adapter="adapter"))
+    cli.main(["recipe", "config.yml", "--out", "recipe.toml"])
+    calibrate, convert = (shlex.split(line)[1:] for line in capsys.readouterr().out.splitlines()[2:])
+    cli.main(calibrate)
+    cli.main(convert)
+    router = load_torch("OUT/model.safetensors")["model.layers.1.block_sparse_moe.gate.weight"]
+    wanted = load_file("statistics.safetensors")[row]
+    assert torch.equal(router, torch.from_numpy(wanted).bfloat16())
 
 
 def test_uniform_random_has_the_width_of_the_model(named, tmp_path):
@@ -138,6 +165,79 @@ def test_uniform_random_has_the_width_of_the_model(named, tmp_path):
     made = upcycle.translate(file)
     assert any("set router.std to 1 / sqrt(3 H)" in remark for remark in made.remarks)
     assert made.table["init"]["expert"][0] == {}
+
+
+SHARED = "shared_experts: [{{source_model: {base}}}]\n"
+UNCHECKED = "owner/name is no folder here with the config of a known family"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "more", "target", "becomes", "said"),
+    [
+        ("llama", "", None, "mixtral", []),
+        ("llama", "architecture: mixtral\n", "mixtral", "mixtral", []),
+        ("llama", "architecture: qwen\n", None, "mixtral", ["llama cannot become qwen2_moe exactly"]),
+        ("llama", SHARED, "upcycled", "upcycled_llama", ["mixtral has no shared expert, so moe.target"]),
+        (
+            "mistral", f"architecture: qwen\n{SHARED}", "upcycled", "upcycled_mistral",
+            ["mistral cannot become qwen2_moe exactly", "mixtral has no shared expert, so moe.target"],
+        ),
+        ("llama", f"architecture: mixtral\n{SHARED}", "upcycled", "upcycled_llama", ["no shared expert"]),
+        ("qwen2", f"architecture: qwen\n{SHARED}", "qwen2_moe", "qwen2_moe", []),
+        ("qwen2", SHARED, None, "qwen2_moe", []),
+        ("qwen2", f"architecture: mixtral\n{SHARED}", None, "qwen2_moe", ["qwen2 cannot become mixtral"]),
+        ("phi3", SHARED, "glm4_moe", "glm4_moe", ["mixtral has no shared expert, so moe.target = glm4_moe"]),
+        ("stablelm", "", "upcycled", "upcycled_stablelm", ["stablelm has no native MoE"]),
+    ],
+)  # fmt: skip
+def test_the_target_is_one_that_the_base_can_become(model_type, more, target, becomes, said, dense, tmp_path):
+    """`convert` takes the recipe, with or without a shared expert."""
+    base = dense(model_type, **({"sliding_window": None} if model_type == "phi3" else {}))
+    experts = "experts: [{source_model: BASE}, {source_model: BASE}]\n".replace("BASE", str(base))
+    text = f"base_model: {base}\ngate_mode: random\n{experts}{more.format(base=base)}"
+    made = upcycle.translate(written(tmp_path, text))
+    assert made.table["moe"].get("target") == target
+    remarks = [r for r in made.remarks if not r.startswith("shared_experts: the shared expert here")]
+    assert [part in remark for part, remark in zip(said, remarks, strict=True)] == [True] * len(said)
+    upcycle.convert(made.source, tmp_path / "OUT", Recipe.of(made.table))
+    assert json.loads((tmp_path / "OUT" / "config.json").read_text())["model_type"] == becomes
+    names = load_torch(tmp_path / "OUT" / "model.safetensors")
+    assert any(".shared" in name for name in names) == (SHARED in more or becomes == "qwen2_moe")
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [n for n in families.names() if families.find(n).natives and n != "qwen3_vl_text"],  # never stands alone
+)
+def test_every_base_with_a_native_takes_a_shared_expert(model_type, dense, tmp_path):
+    base = dense(model_type)
+    experts = ", ".join([f"{{source_model: {base}}}"] * 4)
+    text = f"base_model: {base}\ngate_mode: random\nexperts: [{experts}]\n{SHARED.format(base=base)}"
+    made = upcycle.translate(written(tmp_path, text))
+    assert any("shared" in name for name in blueprint(made.source, Recipe.of(made.table)).entries)
+
+
+@pytest.mark.parametrize(
+    ("more", "target", "said"),
+    [
+        ("", None, ""),
+        (
+            "architecture: qwen\n",
+            "qwen2_moe",
+            f"{UNCHECKED}, so nothing says whether it can become qwen2_moe:",
+        ),
+        (SHARED, None, "can become a native MoE with a shared expert: if `upcycle plan` refuses it"),
+        (f"architecture: qwen\n{SHARED}", "qwen2_moe", "can become qwen2_moe with a shared expert:"),
+        (f"architecture: mixtral\n{SHARED}", "upcycled", "mixtral has no shared expert, so moe.target"),
+    ],
+)
+def test_a_base_that_cannot_be_read_is_named(more, target, said, tmp_path):
+    experts = "experts: [{source_model: a/b}, {source_model: c/d}]\n"
+    text = f"base_model: owner/name\ngate_mode: random\n{experts}{more.format(base='a/b')}"
+    made = upcycle.translate(written(tmp_path, text))
+    assert made.table["moe"].get("target") == target
+    assert said in "\n".join(made.remarks)
+    assert bool(made.remarks) == bool(more)
 
 
 def test_models_as_tables_and_revisions(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from upcycle.dense.places import Place
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError
 from upcycle.families import Config, Weights
@@ -38,7 +37,7 @@ def untied(
             f"moe.untie is for a model whose head can be tied to its embeddings, and a "
             f"{dense.family.model_type} of this class has none; take it out"
         )
-    if type(dense.place) is not Place:
+    if not dense.is_whole:
         raise UpcycleError(
             "moe.untie is for a model that is all of its checkpoint and has a head, and this one lies within "
             "another or has none; take it out"

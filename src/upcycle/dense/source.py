@@ -124,6 +124,16 @@ class Dense:
         )
 
     @property
+    def is_whole(self) -> bool:
+        """True if it is all of its checkpoint, and has the head of its class."""
+        return type(self.place) is Place
+
+    @property
+    def can_untie(self) -> bool:
+        """True if a head that is tied to the embeddings can be stored on its own (`moe.untie`)."""
+        return self.is_whole and self.has_language_head and self.family.tied is not None
+
+    @property
     def tied_head(self) -> int:
         """The number of weights in a head that is tied to the embedding, and so is not among the tensors."""
         c, tied = self.config, self.family.tied

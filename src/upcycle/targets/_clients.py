@@ -19,6 +19,7 @@ class Gap:
     why: str  # what the program does; {name} stands for the architecture
     shows: Callable[[Config], bool]  # whether it makes a difference to a model of this config
     alone: bool = False  # it makes none to a model within a multimodal one
+    untied: str = ""  # what to do about it, for a model that `moe.untie` is open to
 
     @property
     def everywhere(self) -> bool:
@@ -29,14 +30,18 @@ class Gap:
 Clients = Mapping[str, tuple[Gap, ...]]
 
 
-def reasons(clients: Clients, config: Config, name: str, *, within: bool = False) -> dict[str, str]:
+def reasons(
+    clients: Clients, config: Config, name: str, *, within: bool = False, can_untie: bool = True
+) -> dict[str, str]:
     """Return the programs that will not compute the function of a model of this config, and why.
 
-    `within` says that it stands within a multimodal model.
+    `within` says that it stands within a multimodal model, and `can_untie` that it can have `moe.untie`.
     """
     found = {
         client: [
-            gap.why.format(name=name) for gap in gaps if gap.shows(config) and not (within and gap.alone)
+            gap.why.format(name=name) + (gap.untied if can_untie else "")
+            for gap in gaps
+            if gap.shows(config) and not (within and gap.alone)
         ]
         for client, gaps in clients.items()
     }
@@ -134,8 +139,9 @@ ALWAYS_RENORMALIZED = Gap(
 )
 TIED = Gap(
     "tied heads",
-    "never ties the head of {name} to its embeddings (moe.untie = true stores a head)",
+    "never ties the head of {name} to its embeddings",
     lambda config: bool(config["tie_word_embeddings"]),
+    untied=" (moe.untie = true stores a head)",
 )
 UNTIED = Gap(
     "heads that are not tied",

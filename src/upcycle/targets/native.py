@@ -340,7 +340,8 @@ class Native(WithExperts):
                 f"neurons is there with a zero down projection, and training may use it"
             )
         config = built.target.own_config(built.config)
-        found = reasons(self.clients, config, self.model_type, within=built.target.is_around)
+        within, can_untie = built.target.is_around, built.dense.can_untie
+        found = reasons(self.clients, config, self.model_type, within=within, can_untie=can_untie)
         for client, why in found.items():
             out.append(f"{client} {why}: it will not reproduce this model's function")
         if unknown := built.dense.unknown_keys:
@@ -362,6 +363,11 @@ class Native(WithExperts):
 target = Native
 
 
+def fitting(family: Family, config: Config) -> list[str]:
+    """Return the native targets of a family that compute the same as this config, the default first."""
+    return [name for name in family.natives if family.refusal(config, name) is None]
+
+
 def of(dense: Dense, recipe: Recipe) -> Native:
     """Return the architecture that `moe.target` names; `native` is the first that fits the config.
 
@@ -373,8 +379,8 @@ def of(dense: Dense, recipe: Recipe) -> Native:
         raise UpcycleError(
             f"{family.model_type} has no exact native MoE: {family.no_native}; use moe.target = upcycled"
         )
-    fits = (name for name in family.natives if family.refusal(dense.config, name) is None)
-    name = next(fits, family.natives[0]) if asked == "native" else asked
+    fits = fitting(family, dense.config)
+    name = next(iter(fits), family.natives[0]) if asked == "native" else asked
     if name not in family.natives:
         if (reason := family.inexact.get(name)) is not None:
             raise UpcycleError(f"{family.model_type} -> {name} does not compute the same: {reason}")

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from upcycle.checkpoints.checkpoint import read_json
 from upcycle.checkpoints.header import refuse_special
 from upcycle.errors import UpcycleError, listed, shown
+from upcycle.nn.router_starts._measured import Measured
 from upcycle.recipe import Recipe
 from upcycle.settings import AtLeast, Settings, keys, read, table_at, writing
 from upcycle.system.wording import quoted
+from upcycle.translation import _base, _target
 
 STATISTICS = "statistics.safetensors"  # what `upcycle calibrate` writes and the router's start reads
 PROMPTS = "prompts.toml"
@@ -83,7 +84,8 @@ class Translation:
     @property
     def collect(self) -> str:
         """The statistics that `upcycle calibrate` has to collect for the router; empty if none."""
-        return str(self.table["router"]["init"]["name"]) if self.prompts else ""
+        start = Recipe.of(self.table).router.start
+        return start.collect if isinstance(start, Measured) else ""
 
     def commands(self, recipe: str, prompts: str = PROMPTS) -> tuple[str, ...]:
         """Return the commands that make the model, for the names of the two files."""
@@ -130,7 +132,11 @@ def translate(path: str | Path) -> Translation:
     experts = [_expert(number, expert, base, remarks) for number, expert in enumerate(config.experts)]
     table = {
         **_dtype(config, remarks),
-        "moe": {"num_experts": len(experts), "top_k": config.experts_per_token, **_moe(config, remarks)},
+        "moe": {
+            "num_experts": len(experts),
+            "top_k": config.experts_per_token,
+            **_moe(config, source, remarks),
+        },
         "init": {"name": "experts", "backbone": "base", "expert": experts},
     }
     table["router"] = _router(config, source, remarks)
@@ -255,18 +261,11 @@ def _dtype(config: _Config, remarks: list[str]) -> dict[str, Any]:
     return {}
 
 
-def _moe(config: _Config, remarks: list[str]) -> dict[str, Any]:
+def _moe(config: _Config, source: str, remarks: list[str]) -> dict[str, Any]:
     """Return the target and the shared expert."""
-    table: dict[str, Any] = {}
-    if config.architecture:
-        wanted = config.architecture.lower().replace(" ", "").replace("moe", "").replace("_", "")
-        if wanted in _TARGETS:
-            table["target"] = _TARGETS[wanted]
-        else:
-            remarks.append(
-                f"architecture = {shown(config.architecture)} has no target here: the family's own is taken "
-                f"(`upcycle list` prints them)"
-            )
+    target, said = _target.chosen(source, _asked(config, remarks), shared=bool(config.shared_experts))
+    remarks += said
+    table: dict[str, Any] = {"target": target} if target else {}
     if config.shared_experts:
         table["shared_experts"] = 1
         remarks.append(
@@ -275,6 +274,17 @@ def _moe(config: _Config, remarks: list[str]) -> dict[str, Any]:
             "shared expert are left out"
         )
     return table
+
+
+def _asked(config: _Config, remarks: list[str]) -> str:
+    """Return the native target that `architecture` names; empty if it names none."""
+    wanted = config.architecture.lower().replace(" ", "").replace("moe", "").replace("_", "")
+    if config.architecture and wanted not in _TARGETS:
+        remarks.append(
+            f"architecture = {shown(config.architecture)} has no target here, so it is left out (`upcycle "
+            f"list` prints those that are here)"
+        )
+    return _TARGETS.get(wanted, "")
 
 
 def _router(config: _Config, source: str, remarks: list[str]) -> dict[str, Any]:
@@ -288,22 +298,13 @@ def _router(config: _Config, source: str, remarks: list[str]) -> dict[str, Any]:
         return {"init": {**_STARTS[config.gate_mode], "statistics": STATISTICS}}
     if config.gate_mode == "random":
         return {"init": "normal", "std": 1.0}
-    if hidden := _hidden_size(source):
+    if hidden := _base.hidden_size(source):
         return {"init": "uniform", "std": round(1 / math.sqrt(3 * hidden), 9)}
     remarks.append(
         f"gate_mode uniform_random draws from +-1 / sqrt(H), and {source} is no folder here that says H: set "
         f"router.std to 1 / sqrt(3 H)"
     )
     return {"init": "uniform"}
-
-
-def _hidden_size(source: str) -> int:
-    """Return the channels of a checkpoint on this machine; 0 if that cannot be told."""
-    config = Path(source) / "config.json"
-    if not config.is_file():
-        return 0
-    found = read_json(config, f"{config} is gone").get("hidden_size")
-    return found if isinstance(found, int) and found > 0 else 0
 
 
 def _prompts(config: _Config) -> dict[str, Any]:

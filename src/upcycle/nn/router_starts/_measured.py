@@ -32,7 +32,7 @@ class Measured(RouterStart, abc.ABC):
     """
 
     from_data: ClassVar[bool] = True
-    collect: ClassVar[str]  # what `upcycle calibrate` has to collect
+    texts: ClassVar[str]  # the option of `upcycle calibrate` that names them
     needs: ClassVar[str] = "router.init.statistics = FILE, from upcycle calibrate"
 
     statistics: str = ""  # the file written by `upcycle calibrate`
@@ -43,11 +43,16 @@ class Measured(RouterStart, abc.ABC):
         self._make_absolute("statistics")
 
     @property
+    @abc.abstractmethod
+    def collect(self) -> str:
+        """What `upcycle calibrate` has to collect: names of statistics with commas between them."""
+
+    @property
     def measured(self) -> Statistics:
         """The file of statistics."""
         if not self.statistics:
             who = f"router.init = {self.name} starts from"
-            raise unmeasured(who, "router.init.statistics", self.collect)
+            raise unmeasured(who, "router.init.statistics", f"{self.collect} {self.texts}")
         return Statistics.shared(self.statistics)
 
     def admit(self, dense: Dense) -> None:
@@ -100,7 +105,7 @@ class OfDomains(Measured):
         known = [domain.name for domain in self.measured.domains]
         if not known:
             raise UpcycleError(
-                f"{self.measured.path} knows no domains; calibrate with --collect {self.collect}"
+                f"{self.measured.path} knows no domains; calibrate with --collect {self.collect} {self.texts}"
             )
         if unknown := [name for name in self.domains if name not in known]:
             raise UpcycleError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 
@@ -24,7 +24,8 @@ class Centroids(Measured):
     """
 
     summary = "spherical k-means of a sample of the network's input, a cluster for each expert"
-    collect: ClassVar[str] = "sample --text TEXT"
+    collect = "sample"
+    texts = "--text TEXT"
 
     rounds: Annotated[int, AtLeast(1)] = 50  # the most rounds of k-means
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,7 +18,8 @@ class CheapEmbed(OfDomains):
     """The sum of the embeddings of all tokens of an expert's prompts, less that of its negative prompts."""
 
     summary = "mergekit-moe's gate_mode cheap_embed: sums of the embeddings of prompts"
-    collect: ClassVar[str] = "cheap_embed --prompts PROMPTS.toml"
+    collect = "cheap_embed"
+    texts = "--prompts PROMPTS.toml"
 
     def rows(self, site: Site, rows: int) -> np.ndarray:
         return self.measured.of("embedding", site.stack, 0, "cheap_embed")[self.places(rows)]

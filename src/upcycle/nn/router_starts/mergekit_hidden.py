@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,13 +23,16 @@ class MergekitHidden(OfDomains):
     """
 
     summary = "mergekit-moe's gate_mode hidden: the residual stream at the last token of prompts"
-    collect: ClassVar[str] = "mergekit_hidden --prompts PROMPTS.toml"
+    texts = "--prompts PROMPTS.toml"
 
     average: bool = False  # sum over all positions, padding included, as gate_mode hidden_avg does
 
+    @property
+    def collect(self) -> str:
+        return "mergekit_hidden_avg" if self.average else "mergekit_hidden"
+
     def rows(self, site: Site, rows: int) -> np.ndarray:
-        name = "mergekit_hidden_avg" if self.average else "mergekit_hidden"
-        return self.measured.of("residual", site.stack, site.layer, name)[self.places(rows)]
+        return self.measured.of("residual", site.stack, site.layer, self.collect)[self.places(rows)]
 
 
 start = MergekitHidden

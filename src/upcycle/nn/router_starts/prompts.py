@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,7 +24,8 @@ class Prompts(OfDomains):
     """
 
     summary = "means of the network's input over each expert's prompts or text, less what all have in common"
-    collect: ClassVar[str] = "mean --prompts PROMPTS.toml"
+    collect = "mean"
+    texts = "--prompts PROMPTS.toml"
 
     def rows(self, site: Site, rows: int) -> np.ndarray:
         found = self.measured.of("channels", site.stack, site.layer, "mean").astype(np.float64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 
@@ -24,7 +24,8 @@ class Ridge(OfDomains):
     """
 
     summary = "least squares from the network's input to the domain of its text, in closed form (DUME)"
-    collect: ClassVar[str] = "mean,second_moment --domain NAME=TEXT"
+    collect = "mean,second_moment"
+    texts = "--domain NAME=TEXT"
 
     temperature: Annotated[float, Above(0)] = 0.1  # what the rows, of length one, are divided by (DUME: 0.1)
     ridge: Annotated[float, Above(0)] = 0.01  # lambda, added to the diagonal of the sum A (DUME: 0.01)
