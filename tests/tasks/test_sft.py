@@ -32,6 +32,7 @@ from upcycle.data.corruption import IGNORED
 from upcycle.data.feeding import Feeding
 from upcycle.dense.subject import Subject
 from upcycle.evaluation.scores import ToScore, evaluate
+from upcycle.hf.chat_templates import Template
 from upcycle.tasks._chat_tokens import tokens_of
 from upcycle.training import saving
 from upcycle.training.export import export
@@ -138,6 +139,59 @@ def test_templates_that_do_not_do(template, messages, message, tmp_path):
     tokenizer.chat_template = template
     with pytest.raises(UpcycleError, match=message):
         tokens_of(told([{"messages": messages}]), tokenizer, TODAY)
+
+
+# ChatML with generation marks and a place before the messages, and for what follows an answer.
+PARTS = (
+    "%s{%% for m in messages %%}{{ m.role }}: {%% if m.role == 'assistant' %%}{%% generation %%}"
+    "{{ m.content }}%s</s>{%% endgeneration %%}{%% else %%}{{ m.content }}{%% endif %%}\n{%% endfor %%}"
+)
+TOLD = "{% for tool in tools or [] %}{{ tool.function.name }}\n{% endfor %}"
+CALLED = "{% for call in m.tool_calls or [] %}{{ call.function.name }}{% endfor %}"
+INSTEAD = "{% if not m.content %}" + CALLED + "{% endif %}"
+NEEDED = "{% if not m.content and not m.tool_calls %}{{ raise_exception('empty') }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("parts", "left_out"),
+    [
+        ((TOLD, CALLED), None),
+        ((TOLD, CALLED + NEEDED), None),
+        (("", ""), "row 1: the chat template leaves out what message 2 calls .tool_calls"),
+        ((TOLD, ""), "row 1: the chat template leaves out what message 2 calls .tool_calls"),
+        (("", CALLED), "row 1: the chat template leaves out the tools of the chat"),
+        ((TOLD, INSTEAD), "row 2: the chat template leaves out what message 2 calls .tool_calls"),
+    ],
+)
+def test_tools_and_calls_that_a_template_leaves_out(parts, left_out, tmp_path):
+    """The calls of the last chat stand beside content. The name is in each text, whether called or not."""
+    asked = {"role": "user", "content": "Please add 1 and 1!"}
+    _, call, *rest = CHATS[2]["messages"]
+    rows = [
+        {"messages": turns("add", "b")},
+        {**CHATS[2], "messages": [asked, call, *rest]},
+        {**CHATS[2], "messages": [asked, {**call, "content": "add"}, *rest]},
+    ]
+    tokenizer = byte_tokenizer(tmp_path, PARTS % parts)
+    if left_out is None:
+        plain, call, both = tokens_of(told(rows), tokenizer, TODAY)
+        assert tokenizer.decode(call.ids[call.answers]) == "add</s>2</s>"
+        assert tokenizer.decode(both.ids[both.answers]) == "addadd</s>2</s>"
+        assert tokenizer.decode(plain.ids).startswith("user: add")
+        return
+    with pytest.raises(UpcycleError, match=left_out):
+        tokens_of(told(rows), tokenizer, TODAY)
+
+
+def test_chats_with_tools_are_rendered_once_but_for_the_first(tmp_path, monkeypatch):
+    """The first of its kind is rendered without its call, and without its tools."""
+    render, calls = Template.render, []
+    monkeypatch.setattr(Template, "render", lambda *a, **k: (calls.append(a), render(*a, **k))[1])
+    tokenizer = byte_tokenizer(tmp_path, MARKED)
+    for rows, wanted in ((CHATS[:2] * 9, 18), (CHATS[2:] * 9, 9 + 2)):
+        calls.clear()
+        tokens_of(told(rows), tokenizer, TODAY)
+        assert len(calls) == wanted
 
 
 @pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"weight": 0.0, "train": None}])

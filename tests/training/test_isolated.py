@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import naive_flash
 import ranks
 import tiny
 import tiny_wrappers
-from marks import sampled
+from marks import quick, sampled
 from upcycle import UpcycleError
 from upcycle.data.corruption import IGNORED
 from upcycle.dense.subject import Subject
@@ -74,6 +75,42 @@ def test_a_step_is_that_of_documents_alone(model, changes, chunks, tmp_path, mon
     assert outcome(source, {**changes, "data": {"isolate": True}}, packed) == pytest.approx(wanted, rel=1e-5)
     joined = outcome(source, changes, {"rows": rows})
     assert abs(joined[0] - wanted[0]) > 1e-3
+
+
+PADDED = {"native": {}, "upcycled": UP, "recomputed": RECOMPUTED}
+NATIVE = [("native", "per_layer"), ("native", "pooled")]
+
+
+@pytest.mark.parametrize(("kind", "loss"), quick(itertools.product(PADDED, ("per_layer", "pooled")), *NATIVE))
+def test_padding_is_no_token_of_a_router(kind, loss, tmp_path):
+    """Rows of 8 tokens, as they are and padded to 32; the pooled loss is transformers' own with the mask."""
+    source, changes = tiny.make_dense(tmp_path / "dense", "llama"), PADDED[kind]
+    ids = torch.randint(3, 96, (8, 8), generator=torch.Generator().manual_seed(0))
+    labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], 1)
+    found = []
+    for length in (8, 32):
+        batch = {
+            "ids": nn.functional.pad(ids, (0, length - 8), value=7),
+            "labels": nn.functional.pad(labels, (0, length - 8), value=IGNORED),
+            "mask": (torch.arange(length) < 8).long().expand(8, length),
+        }
+        size = {**changes.get("train", {}), "sequence_length": length, "batch_tokens": 8 * length}
+        changed = {**changes, "task": {"name": "sft"}, "router": {"balance_loss": loss}, "train": size}
+        run = ranks.run_of(str(source), {}, changed)
+        with world(run.parallel) as here:
+            trainee = ranks.trainee_of(run, here)
+        given = {"input_ids": batch["ids"], "attention_mask": batch["mask"]}
+        with torch.no_grad():
+            own = trainee.model(**given, output_router_logits=True).aux_loss if kind == "native" else None
+        found.append(step.train_step(trainee, batch, 0, 1e-2))
+        if own is not None and loss == "pooled":
+            assert found[-1].balance_loss == pytest.approx(float(own), rel=1e-5)
+    short, padded = found
+    for one, other in zip(short.tallies, padded.tallies, strict=True):
+        assert one.counts.tolist() == other.counts.tolist()
+        assert int(other.tokens) * 2 == int(other.counts.sum()) == 8 * 8 * 2
+    for name in ("loss", "grad_norm", "balance_loss", "z_loss"):
+        assert getattr(padded, name) == pytest.approx(getattr(short, name), rel=1e-5), name
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,25 @@ def test_the_next_stage_goes_on_beside_what_begins(name):
     assert torch.equal(new, alone[1])
 
 
+@pytest.mark.parametrize("beta2", [0.95, 0.999])
+@pytest.mark.parametrize(("worked", "idle"), [(0, 300), (200, 100), (50, 0)])
+def test_how_far_an_expert_steps_that_was_idle(worked, idle, beta2):
+    """By torch's AdamW, with a gradient of 1 but while it is idle; the largest of the steps afterwards."""
+    settings = optimizers.find("adamw")(beta2=beta2, weight_decay=0.0, eps=1e-30)
+    weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    made = settings.make([{"params": [weight], "weight_decay": 0.0}])
+    made.param_groups[0]["lr"] = 1.0
+    steps = []
+    for number in range(worked + idle + 100):
+        weight.grad = torch.full_like(weight, float(not worked <= number < worked + idle))
+        before = weight.item()
+        made.step()
+        steps.append(before - weight.item())
+    assert settings.late_step(worked, idle) == pytest.approx(max(steps[worked + idle :]), rel=1e-4)
+    assert settings.late_step(math.inf, 0.0) == 1.0
+    assert optimizers.find("sgd")().late_step(worked, idle) == 1.0
+
+
 @pytest.mark.parametrize("name", [n for n in ranks.optimizers_here() if not optimizers.find(n).by_role])
 def test_a_first_update_that_is_skipped_leaves_no_trace(name):
     settings = optimizers.find(name)()

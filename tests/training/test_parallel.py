@@ -193,11 +193,14 @@ def test_recomputed_layers_are_recorded_once(llama, one_process):
     "layouts", [TWO, pytest.param(FOUR[:2], marks=pytest.mark.slow)], ids=["two", "four"]
 )
 def test_gradients_of_several_processes_are_those_of_one(llama, one_process, layouts):
-    wanted = [(layout, changes) for layout in layouts for changes in ({}, PIECES)]
+    """Also of chats, of which each row has more padding than the last."""
+    chats = {"task": {"name": "sft"}}
+    references = [one_process, one_process, ranks.gradients(llama, [({}, chats)])[0]]
+    wanted = [(layout, changes) for layout in layouts for changes in ({}, PIECES, chats)]
     world = max(layout.get("fsdp", 1) * layout.get("tp", 1) for layout in layouts)
     for result in gloo.run(world, "ranks:gradients", llama, wanted):
-        for found in result:
-            same_gradients(found, one_process)
+        for found, reference in zip(result, references * len(layouts), strict=True):
+            same_gradients(found, reference)
 
 
 def test_logits_in_chunks_on_several_processes(llama, one_process, tmp_path):

@@ -30,7 +30,7 @@ from upcycle.data import leaks
 from upcycle.dense.admission import admit
 from upcycle.families._training import trained
 from upcycle.records.provenance import Provenance
-from upcycle.training import beginning, enter, fit, run_folder, start, step
+from upcycle.training import beginning, enter, fit, late_experts, run_folder, start, step
 from upcycle.training.anatomy import Anatomy
 from upcycle.training.course import Course
 from upcycle.training.export import export
@@ -206,6 +206,38 @@ def test_what_cannot_be_frozen(case, mixtral):
     keys, message = BAD[case]
     with pytest.raises(UpcycleError, match=message):
         mixtral.chosen(keys.get("only"), keys.get("freeze"))
+
+
+FEW, ALL = {"train": {"steps": 300, "only": ["experts[1]"]}}, {"train": {"steps": 5, "only": ["experts"]}}
+BRIEF = {"train": {"steps": 5, "only": ["experts[1]"]}}
+APART = {"train": {"steps": 300, "only": ["router"]}}
+
+
+@pytest.mark.parametrize(
+    ("stages", "optimizer", "said"),
+    [
+        ([FEW, ALL], {"beta2": 0.999}, ["stage 2 begins to train experts .* up to 3.4 times"]),
+        ([FEW, ALL], {}, []),
+        ([FEW, ALL], {"name": "muon"}, []),
+        ([FEW, APART, ALL], {"beta2": 0.999}, []),  # no state goes on
+        ([ALL, FEW, ALL], {"beta2": 0.999}, ["stage 3 begins to train experts .* up to 3.1 times"]),
+        ([ALL, BRIEF, ALL], {"beta2": 0.999}, []),
+        ([BRIEF, ALL, ALL], {"beta2": 0.999}, []),
+        ([FEW, ALL], {"beta2": 0.999, "carry_state": True}, []),  # it is not forgotten in 300 steps
+    ],
+)
+def test_experts_that_begin_late_step_far(stages, optimizer, said, mixtral, tmp_path):
+    course = Course(Run.of(table(("x", "x"), tmp_path, stage=stages, optimizer=optimizer)))
+    found = [*late_experts.warnings(course, mixtral)]
+    assert len(found) == len(said)
+    assert all(re.search(*pair) for pair in zip(said, found, strict=True)), found
+
+
+def test_a_run_warns_of_experts_that_begin_late(trainable, tmp_path, caplog):
+    few, both = {"train": {"steps": 4, "only": ["experts[1]"]}}, {"train": {"steps": 1, "only": ["experts"]}}
+    run = table(trainable, tmp_path / "run", stage=[few, both], optimizer={"beta1": 0.0, "beta2": 0.9999})
+    train(Run.of(run))
+    assert "stage 2 begins to train experts beside others of their layer" in caplog.text
 
 
 def test_a_stage_that_trains_nothing_is_refused_before_the_first_step(trainable, tmp_path):

@@ -254,7 +254,7 @@ def _watch(
     read = rows.read(np.array(places))
     batch = {n: torch.from_numpy(np.ascontiguousarray(a)).to(model.device) for n, a in read.items()}
     inputs = rows.ask(batch).inputs
-    with routers.recording():
+    with routers.recording(inputs.get("attention_mask")):
         model.base_model(**inputs)
     if not layers:
         layers += [

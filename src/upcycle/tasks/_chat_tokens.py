@@ -14,6 +14,7 @@ import numpy as np
 from upcycle.data.chat_rows import ChatTokens
 from upcycle.data.chats import Chat
 from upcycle.errors import UpcycleError, cut, shown
+from upcycle.tasks._chat_tools import ToolsShown
 
 if TYPE_CHECKING:
     from upcycle.hf.chat_templates import Span, Template
@@ -56,12 +57,14 @@ def read_template(path: str) -> str:
 def tokens_of(chats: Iterator[Chat], tokenizer: Any, today: date) -> list[ChatTokens]:
     """Return the tokens of each chat; `today` is the day that a template writes as today's.
 
-    Raises `UpcycleError` for a chat that the template refuses, or whose answers cannot be told apart.
+    Raises `UpcycleError` for a chat that the template refuses, whose tools or calls it leaves out, or whose
+    answers cannot be told apart.
     """
     find = cache(lambda tools: _template(tokenizer, tools=tools, today=today))
+    shown_tools = ToolsShown()
     found: list[ChatTokens] = []
     while some := list(islice(chats, _BATCH)):
-        rendered = [_rendered(chat, find(bool(chat.tools))) for chat in some]
+        rendered = [_rendered(chat, find(bool(chat.tools)), shown_tools) for chat in some]
         made = tokenizer(
             [text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True
         )
@@ -124,9 +127,10 @@ def _covered(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
     return found
 
 
-def _rendered(chat: Chat, template: Template) -> tuple[str, list[Span]]:
+def _rendered(chat: Chat, template: Template, shown_tools: ToolsShown) -> tuple[str, list[Span]]:
     """Return the text of a chat, and the spans of the assistant's answers that are to be learnt."""
     text, spans = _render(chat, template, len(chat.messages))
+    shown_tools.refuse_left_out(chat, template, text)
     if not template.marks:
         return text, _by_prefix(chat, template, text)
     return text, _learnt(chat, template, text, spans) if chat.unlearnt else spans

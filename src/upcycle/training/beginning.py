@@ -22,6 +22,7 @@ from upcycle.training import (
     back,
     enter,
     fit,
+    late_experts,
     micro_batch,
     moments,
     run_folder,
@@ -98,6 +99,9 @@ def ready(run: Run, begun: Start, task: Task, here: Ranks, checkpoint: Path | No
         model = start.model_of(begun, run, here, precision)
     routers = Routers.of(model)
     anatomy = enter.anatomy_of(course, begun, model, routers)
+    if here.first and checkpoint is None:
+        for sentence in late_experts.warnings(course, anatomy):
+            progress.warn(sentence)
     if routers and any(leg.run.router.bias_update_rate for leg in course.legs):
         routers.biases()
     trainee = enter.first(

@@ -155,8 +155,13 @@ class Routers:
         return routers
 
     @contextmanager
-    def recording(self, *, jitter: float = 0.0, seeds: Seeds | None = None) -> Iterator[None]:
+    def recording(
+        self, mask: Tensor | None = None, *, jitter: float = 0.0, seeds: Seeds | None = None
+    ) -> Iterator[None]:
         """Record the routers' outputs inside the block.
+
+        `mask` [B, L] is the attention mask of the forward pass, zero at padding, or None if all are tokens.
+        transformers' routers do not see it; ours say themselves what is padding.
 
         `jitter` multiplies the routers' input by U(1 - jitter, 1 + jitter), with the seed that `seeds` has
         for the layer (Switch Transformers, section 2.2). It lasts beyond the block, because a layer may be
@@ -167,8 +172,11 @@ class Routers:
         self._noise = (jitter, seeds) if jitter and seeds is not None else None
         try:
             yield
+            real = None if mask is None else mask.flatten().bool()
             self.outputs = [
-                _output(module, module.__dict__[_KEPT]) for module in self.modules if _KEPT in module.__dict__
+                _output(module, module.__dict__[_KEPT], real)
+                for module in self.modules
+                if _KEPT in module.__dict__
             ]
         finally:
             self._on = False
@@ -224,8 +232,11 @@ class Routers:
         return [bias if moves else None for bias, moves in zip(found, trained, strict=True)]
 
 
-def _output(module: nn.Module, output: Any) -> RouterOutput:
-    """Return the output of a router in the form that all routers share."""
+def _output(module: nn.Module, output: Any, real: Tensor | None) -> RouterOutput:
+    """Return the output of a router in the form that all routers share.
+
+    `real` [T'] says which rows are tokens, for routers of transformers.
+    """
     if isinstance(output, Routing):
         assert isinstance(module, RouterLayer)
         return RouterOutput(
@@ -242,9 +253,10 @@ def _output(module: nn.Module, output: Any) -> RouterOutput:
         )
     raw, _, indices = output
     logits = raw.to(torch.promote_types(raw.dtype, torch.float32))
-    counts = counted(indices, logits.shape[-1])
+    there = None if real is None else real[:, None].expand_as(indices)
+    counts = counted(indices, logits.shape[-1], there)
     return RouterOutput(
-        logits=logits, counts=counts, left_behind=counts.new_zeros(()), top_k=indices.shape[-1]
+        logits=logits, real=real, counts=counts, left_behind=counts.new_zeros(()), top_k=indices.shape[-1]
     )
 
 

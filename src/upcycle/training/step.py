@@ -85,7 +85,7 @@ def _backward(trainee: Trainee, batch: Batch, seeds: Seeds) -> _BatchSums:
     sums: Tensor | None = None
     tallies: Tensor | None = None
     for place, question in enumerate(questions):
-        with _recorded(trainee, seeds, place):
+        with _recorded(trainee, question, seeds, place):
             of_micro = trainee.losses(question, micros[place])
         loss, (entropy, *taught) = of_micro.total / targets, [each / targets for each in of_micro.terms()]
         parts = [entropy]
@@ -161,11 +161,15 @@ def _shares(micros: Sequence[Batch]) -> list[float]:
     return [seen / rows[-1] for seen in rows]
 
 
-def _recorded(trainee: Trainee, seeds: Seeds, place: int) -> AbstractContextManager[Any]:
-    """Return a context that records the routers in the forward pass of micro batch `place`."""
+def _recorded(trainee: Trainee, question: Question, seeds: Seeds, place: int) -> AbstractContextManager[Any]:
+    """Return a context that records the routers in the forward pass of micro batch `place`, a `question`."""
     if trainee.routers is None:
         return nullcontext()
-    return trainee.routers.recording(jitter=trainee.run.router.jitter, seeds=replace(seeds, micro=place))
+    return trainee.routers.recording(
+        question.inputs.get("attention_mask"),
+        jitter=trainee.run.router.jitter,
+        seeds=replace(seeds, micro=place),
+    )
 
 
 def _needs_counts_ahead(run: Run, routers: Routers | None, micros: Sequence[Batch]) -> bool:
@@ -184,7 +188,7 @@ def _count_ahead(trainee: Trainee, questions: Sequence[Question], seeds: Seeds) 
     device = trainee.ranks.device
     with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         for place, question in enumerate(questions):
-            with _recorded(trainee, seeds, place):
+            with _recorded(trainee, question, seeds, place):
                 trainee.logits(question, **trainee.task.counting)
             total = routers.tallies() if total is None else total + routers.tallies()
     assert total is not None

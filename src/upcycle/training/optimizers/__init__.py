@@ -103,6 +103,14 @@ class Optimizer(Named, abc.ABC):
 
         return self.state(parameter, 0, {name: torch.zeros_like(parameter) for name in self.moments})
 
+    def late_step(self, worked: float, idle: float) -> float:
+        """Return the largest step of an expert, over the usual one, that is trained again.
+
+        It had `worked` updates with gradients and `idle` ones without, while others of its stack were
+        trained: one count of updates holds for the whole stack.
+        """
+        return 1.0
+
     def cannot_shard(self, shape: Sequence[int], dims: Sequence[int]) -> str | None:
         """Return why `parameter` of `shape` cannot be updated if sharded over `dims`; None if it can."""
         return None

@@ -44,5 +44,10 @@ class AdamW(Optimizer):
 
         return {"step": torch.full((), float(step), device=parameter.device), **moments}
 
+    def late_step(self, worked: float, idle: float) -> float:
+        from upcycle.training.optimizers._late import largest_late_step
+
+        return largest_late_step(worked, idle, beta1=self.beta1, beta2=self.beta2)
+
 
 optimizer = AdamW

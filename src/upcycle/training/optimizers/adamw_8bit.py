@@ -57,6 +57,11 @@ class AdamW8bit(Optimizer):
         assert isinstance(made, _adamw_8bit.AdamW8bit)
         return made.begun(parameter)
 
+    def late_step(self, worked: float, idle: float) -> float:
+        from upcycle.training.optimizers._late import largest_late_step
+
+        return largest_late_step(worked, idle, beta1=self.beta1, beta2=self.beta2)
+
     def cannot_shard(self, shape: Sequence[int], dims: Sequence[int]) -> str | None:
         if len(shape) - 1 not in dims or block_of(shape, self.least) is None:
             return None
