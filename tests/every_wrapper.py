@@ -7,7 +7,7 @@ with a text, at the places that the model keeps for it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +191,18 @@ CASES: dict[str, Case] = {
         2,
         lambda: {"input_features": _draw(2, 4, 8)},
     ),
+    "lfm2_vl": _case(
+        {
+            "vision_config": {"num_patches": 4, **{k: v for k, v in _SIGLIP.items() if k != "image_size"}},
+            "image_token_id": IMAGE,
+        },
+        1,
+        _pixels(
+            2, 4, 48, spatial_shapes=torch.tensor([[2, 2]] * 2), pixel_attention_mask=torch.ones(2, 4).long()
+        ),
+        block_auto_adjust_ff_dim=False,
+        layer_types=["conv", "full_attention"],
+    ),
     "idefics2": _case(
         {
             "vision_config": _VISION,
@@ -252,6 +264,14 @@ CASES: dict[str, Case] = {
         lambda: {"pixel_values": _draw(1, 3, 4, 128), "target_sizes": torch.tensor([[4, 4]] * 2)},
         model_type="qwen3_5_text",
         **_LINEAR,
+    ),
+    "moss_transcribe_diarize": _case(
+        {"audio_config": _SOUND, "audio_token_id": IMAGE, "audio_chunk_size": 16},
+        2,
+        lambda: {
+            **_mel(16, "input_features_mask")(),
+            "padding_mask": torch.ones(2, 16, dtype=torch.bool),
+        },
     ),
     "musicflamingo": _case(
         {"audio_config": {"model_type": "audioflamingo3_encoder", **_SOUND}, "audio_token_id": IMAGE},
@@ -350,3 +370,11 @@ CASES: dict[str, Case] = {
         {"audio_config": {**_SOUND, "intermediate_size": 64}, "audio_token_id": IMAGE}, 2, _mel(16)
     ),
 }
+
+# Those of one make, which are shown the same.
+CASES["granite_speech_plus"] = CASES["granite_speech"]
+_SLICED = CASES["minicpmv4_6"]
+CASES["minicpm_ocr"] = replace(_SLICED, config={**_SLICED.config, "downsample_mode": "16x"})
+CASES["minicpmv4_7"] = replace(  # it counts positions from marks around each image, and here it is told them
+    _SLICED, shown=lambda: {**_SLICED.shown(), "position_ids": torch.arange(16).expand(2, 16)}
+)

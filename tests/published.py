@@ -18,6 +18,8 @@ import torch
 import transformers
 
 from tiny import CENTRED_NORMS
+from upcycle import families
+from upcycle.families._wrappers import WRAPPERS
 
 FILE = Path(__file__).with_name("published.json")
 VOCABULARY = 96
@@ -41,15 +43,21 @@ def table() -> dict[str, Row]:
     return {name: Row(**row) for name, row in json.loads(FILE.read_text()).items()}
 
 
+def family(config: dict[str, Any]) -> families.Family:
+    """The family of the model, or of the text model within it."""
+    known = WRAPPERS.get(config["model_type"])
+    text = config["text_config"].get("model_type", known.text) if known else config["model_type"]
+    return families.find(text)
+
+
 def small(config: dict[str, Any]) -> dict[str, Any]:
     """The config with small sizes."""
     out = _with_small_vocabulary(deepcopy(config))
-    if "vision_config" in config:
-        towers = {key: small(config[key]) for key in ("text_config", "vision_config")}
-        return out | towers
+    if parts := {key: value for key, value in config.items() if key.endswith(_PARTS) and value}:
+        return out | {key: small(_sized(key, value, config)) for key, value in parts.items()}
     if "hybrid_override_pattern" in config:
         return _small_hybrid(out)
-    if "conv_dim" in config:
+    if isinstance(config.get("conv_dim"), list):
         out |= {"conv_dim": [8] * len(config["conv_dim"])}
     if "encoder_layers" in config:
         return out | {k: v for k, v in _SEQ2SEQ.items() if k in config}
@@ -57,9 +65,21 @@ def small(config: dict[str, Any]) -> dict[str, Any]:
         return out | {k: v for k, v in _T5.items() if k in config or k in ("d_model", "num_heads")}
     if "hidden_sizes" in config:
         return out | {"hidden_sizes": [8, 12, 16, 24], "depths": [1, 1, 2, 1]}
-    if "num_key_value_heads" not in config and "rms_norm_eps" not in config and "rope_theta" not in config:
+    if "num_kv_heads" in config or not {"num_key_value_heads", "rms_norm_eps", "rope_theta"} & {*config}:
         return out | {k: v for k, v in _ENCODER.items() if k in config}
     return _small_decoder(out)
+
+
+_PARTS = ("text_config", "vision_config", "audio_config", "text_config_dict", "vision_config_dict")
+
+
+def _sized(key: str, part: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """The config of a part with the sizes that transformers assumes if it leaves them out."""
+    if key != "text_config" or config["model_type"] not in WRAPPERS:
+        return part
+    known = family(config)
+    heads = {k: known.defaults[k] for k in ("num_key_value_heads", "head_dim") if k in known.defaults}
+    return {**known.assumed, **heads, **part}
 
 
 def _small_hybrid(config: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +106,8 @@ _ENCODER = {
     "n_positions": 40, "n_ctx": 40, "ffn_dim": 24, "word_embed_proj_dim": 16,
     "image_size": 64, "stage_names": ["stem", "stage1", "stage2"],
     "out_features": ["stage2"], "out_indices": [2], "num_patches": 16,
-    "projection_size": 16,
+    "projection_size": 16, "num_kv_heads": 1, "ffn_hidden_size": 24, "depth": 2, "num_heads": 2,
+    "pooler_hidden_size": 16, "attention_head_size": 8, "position_buckets": 8,
 }  # fmt: skip
 
 
@@ -131,12 +152,22 @@ def _small_decoder(config: dict[str, Any]) -> dict[str, Any]:
         "sliding_window": _window(config),
         "max_position_embeddings": LONGEST, "original_max_position_embeddings": ORIGINAL,
         "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4, "max_window_layers": _window_layers(config, out["num_hidden_layers"]),
+        "linear_num_value_heads": 4, "block_ff_dim": 24, "block_multiple_of": 8, "q_lora_rank": 24,
+        "kv_lora_rank": 16, "qk_head_dim": 2 * size, "qk_nope_head_dim": size, "qk_rope_head_dim": size,
+        "v_head_dim": size, "shared_intermediate_size": 24, "mamba_d_head": size, "mamba_d_state": 8,
+        "mamba_n_heads": out["hidden_size"] * config.get("mamba_expand", 2) // size, "mamba_chunk_size": 16,
+        "max_window_layers": _window_layers(config, out["num_hidden_layers"]), "global_head_dim": 2 * size,
+        "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": VOCABULARY,
+        "num_kv_shared_layers": 2,
     }  # fmt: skip
     out |= {key: value for key, value in small_.items() if config.get(key) is not None}
     for key in ("layer_types", "no_rope_layers"):
         if isinstance(config.get(key), list):
             out[key] = config[key][: out["num_hidden_layers"]]
+    if "num_kv_shared_layers" in config:  # each kind once with keys of its own, once with shared ones
+        out["layer_types"] = config["layer_types"][-2:] * 2
+    if "full_attn_idxs" in config:
+        out["full_attn_idxs"] = [i for i in config["full_attn_idxs"] if i < out["num_hidden_layers"]]
     for key in ("rope_scaling", "rope_parameters"):
         if isinstance(out.get(key), dict):
             share = config.get("partial_rotary_factor") or out[key].get("partial_rotary_factor") or 1.0
@@ -146,6 +177,8 @@ def _small_decoder(config: dict[str, Any]) -> dict[str, Any]:
 
 def _layers(config: dict[str, Any]) -> int:
     """Two layers, or as many as it takes to have every kind of them."""
+    if "num_kv_shared_layers" in config:
+        return 4
     lists = [config[key] for key in ("layer_types", "no_rope_layers") if isinstance(config.get(key), list)]
     keys = ("sliding_window_pattern", "_sliding_window_pattern", "full_attention_interval")
     periods = [config[key] for key in keys if type(config.get(key)) is int]
@@ -154,7 +187,7 @@ def _layers(config: dict[str, Any]) -> int:
         config["model_type"], 2
     )
     firsts = [one.index(value) + 1 for one in lists for value in set(one)]
-    return max(default, *periods, *firsts, 2)
+    return max(default, *periods, *firsts, 1 + min(config.get("full_attn_idxs", [1])))
 
 
 def _window(config: dict[str, Any]) -> int:
@@ -175,7 +208,10 @@ def _small_rope(rope: dict[str, Any], pairs: int) -> dict[str, Any]:
         if key in rope:
             out[key] = [rope[key][i * len(rope[key]) // pairs] for i in range(pairs)]
     if rope.get("original_max_position_embeddings"):
-        out["original_max_position_embeddings"] = ORIGINAL
+        beyond = (
+            "llama_4_scaling_beta" in rope
+        )  # what mixtral lacks behind it, which no row of verify reaches
+        out["original_max_position_embeddings"] = LONGEST if beyond else ORIGINAL
     if "mrope_section" in rope:
         out["mrope_section"] = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
     return out
@@ -209,12 +245,13 @@ def placeholder(folder: Path, config: dict[str, Any]) -> Path:
 
 
 def _named(config: dict[str, Any]) -> Any:
-    return getattr(transformers, config["architectures"][0])
+    names = config.get("architectures") or family(config).architectures
+    return getattr(transformers, names[0])
 
 
 def _auto(config: dict[str, Any]) -> Any:
-    """The Auto class of a decoder; the others name a class that is theirs."""
-    names = config.get("architectures") or ["ForCausalLM"]
+    """The Auto class of a decoder; the others name a class that is theirs, or have the family's."""
+    names = config.get("architectures") or family(config).architectures
     return transformers.AutoModelForCausalLM if names[0].endswith("ForCausalLM") else None
 
 

@@ -694,3 +694,14 @@ def test_blocks_that_predict_further_tokens_belong_to_the_text_model():
     both = Recipe.of(moe={"part": "text+vision", "mtp": "upcycle"})
     assert [both.of_part(part).moe.mtp for part in ("text", "vision")] == ["upcycle", "drop"]
     assert Recipe.of(moe={"part": "vision", "mtp": "upcycle"}).of_part("vision").moe.mtp == "upcycle"
+
+
+def test_what_is_known_of_the_text_model_is_said_of_the_wrapper(tmp_path):
+    """A wrapper's own type is no native MoE, but its text model becomes one that differs past a switch."""
+    rope = {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "llama_4_scaling_beta": 0.1,
+        "original_max_position_embeddings": 32,
+    }  # fmt: skip
+    source = tiny_wrappers.make(tmp_path / "dense", "mistral3", model_type="ministral3", rope_parameters=rope)
+    found = plan(source, Recipe.of(moe={"num_experts": 2}))
+    assert any("past 32 tokens ministral3 scales its queries" in warning for warning in found.warnings)

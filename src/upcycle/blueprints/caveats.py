@@ -120,7 +120,7 @@ def _of_part(built: Blueprint) -> list[str]:
     out += _past_a_switch(built)
     out += _odd_widths(built)
     out += built.target.warnings(built)
-    return out + built.dense.family.warnings(built.target.model_type)
+    return out + built.dense.family.warnings(built.target.computes)
 
 
 def _of_new_layers(built: Blueprint, site: Site) -> list[str]:
@@ -204,7 +204,7 @@ def _unread(built: Blueprint) -> list[str]:
 
 def _past_a_switch(built: Blueprint) -> list[str]:
     """Warn if generation with a cache goes on differently where the dense model switches."""
-    said = built.dense.family.parts_ways(built.dense.config, built.target.model_type)
+    said = built.dense.family.parts_ways(built.dense.config, built.target.computes)
     return [] if said is None else [said]
 
 

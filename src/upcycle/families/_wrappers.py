@@ -70,9 +70,13 @@ WRAPPERS: Mapping[str, Wrapper] = {
     "glmasr": Wrapper(architecture="GlmAsrForConditionalGeneration"),
     "got_ocr2": Wrapper(architecture="GotOcr2ForConditionalGeneration", text="qwen2"),
     "granite_speech": Wrapper(architecture="GraniteSpeechForConditionalGeneration", text="granite"),
+    "granite_speech_plus": Wrapper(architecture="GraniteSpeechPlusForConditionalGeneration", text="granite"),
     "idefics2": Wrapper(architecture="Idefics2ForConditionalGeneration", text="mistral", tied=False),
     "idefics3": Wrapper(architecture="Idefics3ForConditionalGeneration", tied=False),
     "internvl": Wrapper(architecture="InternVLForConditionalGeneration", text="qwen2"),
+    "lfm2_vl": Wrapper(
+        architecture="Lfm2VlForConditionalGeneration", vision="siglip2_vision_model", text="lfm2"
+    ),
     "lighton_ocr": Wrapper(architecture="LightOnOcrForConditionalGeneration", vision="pixtral", text="qwen3"),
     "llava": Wrapper(
         architecture="LlavaForConditionalGeneration",
@@ -96,10 +100,17 @@ WRAPPERS: Mapping[str, Wrapper] = {
         tied=False,
         tied_by_text="always",
     ),
+    "minicpm_ocr": Wrapper(architecture="MiniCPMOcrForConditionalGeneration", text="qwen3_5_text"),
     "minicpmv4_6": Wrapper(
         architecture="MiniCPMV4_6ForConditionalGeneration", text="qwen3_5_text", tied=False
     ),
+    "minicpmv4_7": Wrapper(
+        architecture="MiniCPMV4_7ForConditionalGeneration", text="qwen3_5_text", tied=False
+    ),
     "mistral3": Wrapper(architecture="Mistral3ForConditionalGeneration", vision="pixtral", text="mistral"),
+    "moss_transcribe_diarize": Wrapper(
+        architecture="MossTranscribeDiarizeForConditionalGeneration", text="qwen3"
+    ),
     "musicflamingo": Wrapper(architecture="MusicFlamingoForConditionalGeneration", text="qwen2"),
     "ovis2": Wrapper(architecture="Ovis2ForConditionalGeneration", text="qwen2"),
     "perception_lm": Wrapper(

@@ -84,6 +84,11 @@ class Target(abc.ABC):
         """The class without a head."""
         return self.architecture.replace("ForCausalLM", "Model")
 
+    @property
+    def computes(self) -> str:
+        """The model_type of what has the experts, which may be the text model within a wrapper."""
+        return self.model_type
+
     def within(self, model_type: str, wrapper: Wrapper) -> tuple[str, str]:
         """Return model_type and class of a wrapper of that type that holds this model.
 

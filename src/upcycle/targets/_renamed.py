@@ -41,6 +41,10 @@ class Renamed(Target):
         return self.inner.kind
 
     @property
+    def computes(self) -> str:
+        return self.inner.computes
+
+    @property
     def has_experts(self) -> bool:  # type: ignore[override]
         return self.inner.has_experts
 

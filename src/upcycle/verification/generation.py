@@ -111,7 +111,7 @@ def generation(built: Blueprint) -> list[Generation]:
             vocabulary=dense.config["vocab_size"],
             heard=heard,
             beyond=f"; not checked, as it lies far out: {', '.join(far)}" if far else "",
-            differs=dense.family.parts_ways(dense.config, built.target.model_type),
+            differs=dense.family.parts_ways(dense.config, built.target.computes),
             promised=built.preserves_function,
         )
     ]
