@@ -21,6 +21,7 @@ from upcycle.training import (
     agreement,
     chunked_entropy,
     held_out,
+    kept_logits,
     metrics,
     optimizer,
     optimizers,
@@ -342,11 +343,11 @@ def examined(table: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def refused_apart(table: dict[str, Any], folders: list[str]) -> list[tuple[str, bool]]:
-    """What a run says where each rank stands in a folder of its own, and whether another rank says it."""
-    agreement._PATIENCE = 0.0
+def refused_apart(cases: list[tuple[dict[str, Any], str]]) -> list[tuple[str, bool]]:
+    """What runs say where each rank stands in a folder of its own, and whether another rank says it."""
+    agreement._PATIENCE, kept_logits._ATTEMPTS = 0.0, 1
     out, home = [], os.getcwd()
-    for folder in folders:
+    for table, folder in cases:
         os.chdir(Path(folder) / str(rank()))
         try:
             train(Run.of(table))
@@ -356,6 +357,22 @@ def refused_apart(table: dict[str, Any], folders: list[str]) -> list[tuple[str, 
         os.chdir(home)
     dist.barrier()  # the store in which a sentence is noted ends with rank 0; torchrun's does not
     return out
+
+
+def begun_apart(table: dict[str, Any], file: str, contents: list[str]) -> str:
+    """What is said of a start if each rank finds something else at one path, as on disks of their own."""
+    run = Run.of(table)
+    for turn, content in enumerate(contents):
+        if turn == rank():
+            Path(file).write_text(content)
+            mine = agreement.start_here(run, len(contents))
+        dist.barrier()
+    with ranks(run.parallel, experts=mine.expert_counts, heads=mine.attention_heads) as here:
+        try:
+            agreement.agreed(mine, here)
+        except UpcycleError as error:
+            return str(error)
+    return ""
 
 
 def dies_while_saving(table: dict[str, Any], step: int, said: str) -> None:

@@ -31,9 +31,11 @@ from upcycle.data import corpus, documents, folders, leaks, splits
 from upcycle.data import pieces as cut
 from upcycle.data.batches import Batches
 from upcycle.data.corpus import Data, Source, Tokens, prepare
+from upcycle.data.feeding import Feeding
 from upcycle.data.texts import TextSet
 from upcycle.errors import UpcycleError
 from upcycle.system.progress import reporting_to
+from upcycle.tasks._tokens import TokenFeed
 from upcycle.tensors import rng
 
 BOS, EOS = 256, 257
@@ -534,13 +536,33 @@ def test_one_process_reads_token_files_whole(
     path.write_text("some text")
     first, hashed = tokenised(path), []
     monkeypatch.setattr(corpus, "file_hash", lambda file: (hashed.append(file.suffix), file_hash(file))[1])
-    checked = corpus.stamps_in(first.path.parent)
+    checked = corpus.stamps_of([first])
     assert tokenised(path, checked=checked) == first
     assert not hashed
     first.path.write_bytes(first.path.read_bytes()[::-1])
     again = tokenised(path, checked=checked)
     assert ".bin" in hashed
     assert again == first
+    np.testing.assert_array_equal(again.ids(), first.ids())
+
+
+def test_a_token_file_that_nobody_has_checked_is_read_whole(
+    tmp_path: Path, tokenised: Any, bytes_folder: Path
+) -> None:
+    """Another process sees the same text in another folder, and has made a file of it in the same cache."""
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("some text")
+    first, other = (tokenised(tmp_path / name / "a.txt") for name in ("here", "there"))
+    assert other.path != first.path
+    assert other.sha256 == first.sha256
+    other.path.write_bytes(other.path.read_bytes()[::-1])
+    data = Data(sources=(Source(path=str(tmp_path / "here" / "a.txt")),))
+    feeding = Feeding(data=data, length=2, seed=0, cache=tmp_path / "cache")
+    subject: Any = SimpleNamespace(folder=bytes_folder, vocab_size=258)
+    feed = TokenFeed(feeding, subject, lambda rows, keys: {"rows": rows})
+    assert feed.known() == [(str(tmp_path / "here" / "a.txt"), [first.count, first.sha256, None])]
+    again = tokenised(tmp_path / "there" / "a.txt", checked=feed.checked())
     np.testing.assert_array_equal(again.ids(), first.ids())
 
 

@@ -447,6 +447,7 @@ def numbered(n: int, name: str = "set", **changes: Any) -> ImageSet:
         class_names=(),
         num_labels=5,
         bad=(),
+        digest=str(n),
         _read=lambda indices: np.stack([indices % 256, indices // 256, indices * 0], -1).astype(np.uint8)[
             :, None, None, :
         ],
@@ -620,6 +621,37 @@ def test_other_images_with_the_same_labels(tmp_path: Path) -> None:
         if path.read_bytes() == whole:
             path.write_bytes(b"\1" + whole[1:])
     made(1).restore(first.state())
+
+
+def test_examples_are_known_by_what_is_in_them(tmp_path: Path) -> None:
+    """Copies of the same images are the same, and other images with the same labels are not."""
+    found = {}
+    for name, shade in (("a", 1), ("copy", 1), ("other", 2)):
+        for label in ("x", "y"):
+            (tmp_path / name / label).mkdir(parents=True)
+            Image.new("RGB", (4, 4), (shade, 0, 0)).save(tmp_path / name / label / "1.png")
+        path = tmp_path / name
+        found[name] = ImageSet.open(path, size=(4, 4), channels=3, cache=tmp_path / f"cache of {name}")
+    (a, _), (copy, _), (other, test) = (
+        Examples(found[name], found["a"], held_out_share=0.0, seed=0).known() for name in found
+    )
+    assert (a[0], a[1]) == (str(tmp_path / "a"), copy[1])
+    assert {**other[1], "sha256": a[1]["sha256"]} == a[1] != other[1]
+    assert test == a
+
+
+@pytest.mark.parametrize("lacks", [("sha256",), ("content", "stamp")])
+def test_images_of_older_versions_are_made_anew(
+    lacks: tuple[str, ...], kept: bool, opened: Open, tmp_path: Path
+) -> None:
+    """They do not say what they were made from."""
+    path = write_folder(tmp_path / "data", [encoded(p, "BMP") for p in PICTURES], LABELS, "bmp")
+    digest = opened(path).digest
+    (about,) = (tmp_path / "cache").glob("*.json")
+    known = json.loads(about.read_text())
+    about.write_text(json.dumps({key: value for key, value in known.items() if key not in lacks}))
+    assert opened(path).digest == digest
+    assert json.loads(about.read_text()) == known
 
 
 # --- augmentation

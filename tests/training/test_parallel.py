@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -308,7 +310,7 @@ def test_ranks_that_see_different_files(trainable, tmp_path):
     source, text = trainable
     made = table("dense", Path("run"), text)
     cases = {}
-    for name in ("content", "config", "missing", "out"):
+    for name in ("content", "config", "tokenizer", "missing", "out"):
         for rank in ("0", "1"):
             shutil.copytree(source, tmp_path / name / rank / "dense")
         cases[name] = str(tmp_path / name)
@@ -319,19 +321,77 @@ def test_ranks_that_see_different_files(trainable, tmp_path):
     weights.write_bytes(raw)
     config = tmp_path / "config" / "0" / "dense" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 1e-3}))
+    words = tmp_path / "tokenizer" / "1" / "dense" / "tokenizer.json"
+    words.write_text(words.read_text() + " ")
     shutil.rmtree(tmp_path / "missing" / "1" / "dense")
-    told = gloo.run(2, "ranks:refused_apart", made, list(cases.values()))
+    told = gloo.run(2, "ranks:refused_apart", [(made, folder) for folder in cases.values()])
     wanted = {
         "content": "process 1 of 2 sees another model.safetensors of the source than process 0; give every",
         "config": "process 1 of 2 sees another config of the source than process 0",
+        "tokenizer": "process 1 of 2 sees another tokenizer.json of the tokenizer of the source than process",
         "missing": "process 1 of 2: dense does not exist",
         "out": "process 1 of 2 does not see run, which process 0 has made; `out` must lie on a file system",
     }
-    for place, sentence in enumerate(wanted.values()):
-        said = [rank[place] for rank in told]
+    said_by_one(told, [*wanted.values()])
+
+
+def said_by_one(told: list[list[tuple[str, bool]]], wanted: list[str]) -> None:
+    """Both ranks end with the sentence that is wanted, and one of them says it."""
+    for said, sentence in zip(zip(*told, strict=True), wanted, strict=True):
         assert said[0][0] == said[1][0]
         assert sentence in said[0][0]
-        assert sorted(elsewhere for _, elsewhere in said) == [False, True], said  # one of them says it
+        assert sorted(elsewhere for _, elsewhere in said) == [False, True], said
+
+
+def test_ranks_that_see_different_data(trainable, tmp_path):
+    """Each rank has a folder of its own. Copies of one text are the same data, whatever their times."""
+    source, text = trainable
+    stories = text.read_text()
+    for rank, size in (("0", 100_000), ("1", 90_000)):
+        (tmp_path / rank).mkdir()
+        (tmp_path / rank / "copy.txt").write_text(stories[:60_000])
+        (tmp_path / rank / "size.txt").write_text(stories[:size])
+        (tmp_path / rank / "held out.txt").write_text(stories[:size])
+        (tmp_path / rank / "same size.txt").write_text(("a" if rank == "0" else "b") + stories[1:60_000])
+        (tmp_path / rank / f"only {rank}.txt").write_text(stories[:60_000])
+    os.utime(tmp_path / "1" / "copy.txt", (1, 1))
+    sees = "process 1 of 2 sees another {} of the data than process 0; give every node the same files"
+    wanted = {
+        ("size.txt", 0.0): sees.format("size.txt"),
+        ("held out.txt", 0.05): sees.format("held out.txt"),
+        ("same size.txt", 0.05): sees.format("same size.txt"),
+        ("only 0.txt", 0.0): "process 1 of 2: no data at only 0.txt",
+        ("only 1.txt", 0.0): "no data at only 1.txt",
+    }
+    taught = {"source": str(source), "top_logits": 4, "cache": "logits"}
+    cases = []
+    for number, (name, held_out) in enumerate([*wanted, ("copy.txt", 0.05), ("copy.txt", 0.05)]):
+        made = table(str(source), tmp_path / f"out {number}", Path(name))
+        made["data"]["held_out"] = held_out
+        made["train"] |= {"steps": 1, "eval_every": 1 if held_out else 0}
+        cases.append((made, str(tmp_path)))
+    cases[-2][0]["teacher"] = taught
+    cases[-2][0]["train"]["eval_every"] = 0
+    told = gloo.run(2, "ranks:refused_apart", cases)
+    apart = "process 1 of 2 sees other logits in logits than process 0; `teacher.cache`, or else `out`, must"
+    said_by_one([each[:-1] for each in told], [*wanted.values(), apart])
+    assert [each[-1] for each in told] == [("", False)] * 2
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_ranks_that_see_different_files_of_a_recipe(llama, tmp_path, same):
+    """The labels of `split` and statistics are in the hash of the blueprint, and it is compared."""
+    width = json.loads((Path(llama) / "config.json").read_text())["intermediate_size"]
+    labels, file = np.arange(width) % 4, tmp_path / "labels.json"
+    contents = [json.dumps([each.tolist()] * 2) for each in (labels, labels if same else labels[::-1])]
+    file.write_text(contents[0])
+    made = table(llama, tmp_path / "out", tmp_path / "unused.txt", init={})
+    made["init"] = {"name": "split", "by": "file", "labels": str(file)}
+    made["moe"] = {"num_experts": 4, "top_k": 2, "granularity": 4}
+    said = gloo.run(2, "ranks:begun_apart", made, str(file), contents)
+    assert said[0] == said[1]
+    assert said[0].startswith("" if same else "process 1 of 2 sees another labels.json of the recipe than")
+    assert bool(said[0]) != same
 
 
 def test_peak_memory_of_a_rank_is_its_shard(tmp_path):

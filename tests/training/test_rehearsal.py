@@ -84,6 +84,12 @@ def test_steps_of_tensor_parallel_ranks(
     assert (found.stepped, found.not_stepped) == (2, None)
 
 
+def test_no_warning_of_views(source: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """Gradients at such layouts are those of one process (`test_parallel.py`), so torch warns of nothing."""
+    rehearse(Run.of(table(source, parallel={"tp": 2, "ep": 4})), world=8)
+    assert not [str(each.message) for each in recwarn if "FSDP2-wrapped" in str(each.message)]
+
+
 @pytest.mark.parametrize("layout", [{}, {"ep": 2}])
 def test_single_experts_that_are_not_trained(layout: dict[str, int], source: Path) -> None:
     """Which of a stack a rank has is told by numbers, and not by tensors."""

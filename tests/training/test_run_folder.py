@@ -34,9 +34,10 @@ from upcycle.records.state import RunState
 from upcycle.sharding.layout import Layout
 from upcycle.system import lock, progress, whole_file
 from upcycle.system.signals import held
-from upcycle.training import beginning, fit, metrics, micro_batch, run_folder, saving, start
+from upcycle.training import fit, metrics, micro_batch, run_folder, saving, start
 from upcycle.training.course import Course
 from upcycle.training.export import export
+from upcycle.training.feeds import Feeds
 from upcycle.training.identity import identity_of
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
@@ -145,18 +146,19 @@ def test_all_ranks_go_on_from_the_checkpoint_that_the_first_one_sees(table: Tabl
 def test_one_rank_speaks_of_the_data(rank: int, table: Table) -> None:
     class Told(Ranks):
         def share(self, value: Any) -> Any:
-            return value or {}
+            return value or ({}, None)
 
     class Saying:
         cache_name = "tokens"
 
         def feed(self, feeding: Any, subject: Any) -> Any:
             progress.say("there are chats")
+            return SimpleNamespace(known=list, checked=dict)
 
     heard: list[str] = []
     here = Told(rank=rank, device=torch.device("cpu"))
     with progress.reporting_to(SimpleNamespace(say=heard.append)):
-        beginning._feeds(Course(Run.of(table())), Saying(), SimpleNamespace(subject=None), here)
+        Feeds.opened(Course(Run.of(table())), Saying(), SimpleNamespace(subject=None), here)
     assert heard == ["there are chats"] * (rank == 0)
 
 

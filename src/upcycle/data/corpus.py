@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -72,6 +72,7 @@ class Tokens:
     name: str  # name of the source, for messages
     sha256: str | None = None  # hash of the file
     starts: Path | None = None  # file of the first ids of documents; files of older versions have none
+    starts_sha256: str | None = None  # hash of that file
 
     def ids(self) -> np.memmap:
         """Return all ids, memory-mapped, [count]."""
@@ -116,9 +117,9 @@ def prepare(
     return made
 
 
-def stamps_in(cache: Path) -> dict[str, Stamp]:
-    """Return the stamps of the token files in a folder, by path."""
-    return stamps(path for kind in ("*.bin", "*.starts") for path in cache.glob(kind))
+def stamps_of(tokens: Iterable[Tokens]) -> dict[str, Stamp]:
+    """Return the stamps of token files, by path."""
+    return stamps(path for each in tokens for path in (each.path, each.starts) if path is not None)
 
 
 def tokenizer(data: Data, source_folder: Path) -> Any:
@@ -197,7 +198,9 @@ def _found(path: Path, source: Source, vocab_size: int, checked: Mapping[str, St
         progress.say(f"{path} is damaged; it is made anew")
         return None
     _refuse(largest, vocab_size, source)
-    return replace(tokens, sha256=digest, starts=starts)
+    return replace(
+        tokens, sha256=digest, starts=starts, starts_sha256=known.get("starts_sha256") if starts else None
+    )
 
 
 def _starts_of(path: Path, known: dict[str, Any], checked: Mapping[str, Stamp]) -> Path | None:
@@ -279,6 +282,7 @@ def _make(source: Source, data: Data, tokenizer: Any, path: Path, vocab_size: in
         bytes=written.nbytes,
         sha256=written.digest.hexdigest(),
         starts=starts,
+        starts_sha256=about["starts_sha256"],
     )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from upcycle.data.class_labels import NamesOfNumbers
 from upcycle.data.folders import put_back
 from upcycle.data.readings import Reading
+from upcycle.data.stamps import Stamp
 from upcycle.errors import UpcycleError, listed
 from upcycle.tensors import rng
 
@@ -114,6 +115,15 @@ class Examples:
         """Return the position, and what the sets are, as JSON."""
         apart = {} if self._test is None else {"test": self._test}
         return {"consumed": self._reading.consumed, **self._known, **apart}
+
+    def known(self) -> list[tuple[str, Any]]:
+        """Return the name of the set, and of one to score on, and by what each is known again, as JSON."""
+        test = [] if self._test is None else [(self._kept_set.name, self._test)]
+        return [(self._train.name, self._known), *test]
+
+    def checked(self) -> dict[str, Stamp]:
+        """Return no stamps: every process reads examples, or compares prepared ones, by itself."""
+        return {}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go to a saved position. Raises `UpcycleError` if the examples have changed since.

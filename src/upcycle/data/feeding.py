@@ -62,5 +62,11 @@ class Feed(Protocol):
     def state(self) -> dict[str, Any]:
         """Return the position as JSON."""
 
+    def known(self) -> list[tuple[str, Any]]:
+        """Return the name of each set that is read, and by what it is known again, as JSON."""
+
+    def checked(self) -> dict[str, Stamp]:
+        """Return the stamps of prepared files that were made here, or were read whole and found undamaged."""
+
     def restore(self, state: dict[str, Any]) -> None:
         """Go to a saved position. Raises `UpcycleError` if the data has changed since."""

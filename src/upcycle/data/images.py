@@ -53,7 +53,7 @@ class ImageSet:
     num_labels: int
     bad: tuple[str, ...]  # images left out because they cannot be decoded: FILE, or FILE, row N
     _read: Read = field(repr=False)
-    digest: str | None = None  # hash of the cached images; None for a cache of an older version
+    digest: str  # hash of the decoded images, or of the encoded ones if these are decoded on every read
 
     @classmethod
     def open(
@@ -90,7 +90,7 @@ class ImageSet:
             num_labels=len(names) or int(labels.max()) + 1,
             bad=tuple(source.where(i) for i in known["left_out"]),
             _read=read,
-            digest=known.get("sha256"),
+            digest=known["sha256"],
         )
 
     kind: ClassVar[str] = "images"
@@ -206,7 +206,10 @@ def _key(source: ImageFiles, shape: Sequence[int], whole: bool) -> str:
 
 
 def _found(path: Path, source: ImageFiles, shape: Sequence[int], whole: bool) -> dict[str, Any] | None:
-    """Return the description of images prepared before; None if it is missing or damaged."""
+    """Return the description of images prepared before; None if it is missing or damaged.
+
+    Images of older versions, which do not say what they were made from, are made anew.
+    """
     try:
         known = json.loads(path.with_suffix(".json").read_text())
         size = known["count"] * int(np.prod(shape)) if whole else sum(known["lengths"])
@@ -214,9 +217,9 @@ def _found(path: Path, source: ImageFiles, shape: Sequence[int], whole: bool) ->
             return None
         if (whole or isinstance(source, ImageParquet)) and path.stat().st_size != size:
             return None
-        if not _is_of(known, source):
+        if "sha256" not in known or not _is_of(known, source):
             return None
-        damaged = whole and "sha256" in known and file_hash(path) != known["sha256"]
+        damaged = whole and file_hash(path) != known["sha256"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     if damaged:
@@ -226,8 +229,8 @@ def _found(path: Path, source: ImageFiles, shape: Sequence[int], whole: bool) ->
 
 
 def _is_of(known: dict[str, Any], source: ImageFiles) -> bool:
-    """Return whether images were made from the current files; files of older versions do not tell."""
-    if "content" not in known or stamp_of_all(source.files) == known["stamp"]:
+    """Return whether images were made from the current files."""
+    if stamp_of_all(source.files) == known["stamp"]:
         return True
     return _joined(file_hash(path) for path in source.files) == known["content"]
 

@@ -8,6 +8,7 @@ number.
 from __future__ import annotations
 
 import itertools
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -116,12 +117,13 @@ def _fully_shard(
             **_offloading(config),
             **({} if as_stored else _precision(config)),
         )
+        if layout.tp > 1:
+            _allow_views(module if isinstance(module, list) else [module])
 
     apart = _apart(model, config)
     for router in apart.values():
         shard(router, meshes.parameters, keep=True, as_stored=True)
-        # torch warns of outputs that are views: changed in place, they lose a hook, which is not needed here.
-        warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({type(router).__name__}\)")
+        _allow_views([router])
     fsdp_plan = {name: style for name, style in fsdp_plan.items() if not _is_in(name, apart)}
     if layout.ep > 1:
         for name, module in model.named_modules():
@@ -151,11 +153,23 @@ def _fully_shard(
         **_offloading(config),
         **_precision(config),
     )
+    if layout.tp > 1:
+        _allow_views([model])
     model._is_fsdp_managed_module = True  # generate looks at it
     chain = list(_chain(model, fsdp_plan, ep_plan, apart))
     if layout.ep > 1:
         _gather_ahead(chain)
     _gather_behind(chain)
+
+
+def _allow_views(group: Sequence[nn.Module]) -> None:
+    """Let the modules of a group that is sharded return views without a warning of torch.
+
+    A view that is changed in place loses the hook that gathers the group for the backward pass. A router
+    stays gathered. Under tensor parallelism most outputs are views, and nobody changes them in place.
+    """
+    names = ", ".join(type(module).__name__ for module in group)
+    warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \({re.escape(names)}\)")
 
 
 def _apart(model: PreTrainedModel, config: DistributedConfig) -> dict[str, nn.Module]:

@@ -14,6 +14,7 @@ from upcycle.data.corpus import Data
 from upcycle.data.documents import Source
 from upcycle.data.feeding import Feeding
 from upcycle.data.splits import unread
+from upcycle.data.stamps import Stamp
 from upcycle.errors import UpcycleError
 from upcycle.tensors import rng
 
@@ -60,12 +61,12 @@ class TokenFeed:
 
     def __init__(self, feeding: Feeding, subject: Subject, make: Make) -> None:
         data, seed = feeding.data, feeding.seed
-        tokens = corpus.prepare(
+        self._tokens = corpus.prepare(
             data, subject.folder, feeding.cache, vocab_size=subject.vocab_size, checked=feeding.checked
         )
         weights = [source.weight for source in data.sources]
         self._batches = Batches(
-            tokens,
+            self._tokens,
             weights,
             length=feeding.length,
             held_out=data.held_out,
@@ -100,6 +101,15 @@ class TokenFeed:
 
     def state(self) -> dict[str, Any]:
         return self._batches.state()
+
+    def known(self) -> list[tuple[str, Any]]:
+        return [
+            (each.name, [each.count, each.sha256, each.starts_sha256 if self._isolate else None])
+            for each in self._tokens
+        ]
+
+    def checked(self) -> dict[str, Stamp]:
+        return corpus.stamps_of(self._tokens)
 
     def restore(self, state: dict[str, Any]) -> None:
         self._batches.restore(state)

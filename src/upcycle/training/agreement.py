@@ -1,4 +1,4 @@
-"""Makes sure that all ranks see the same run file, the same checkpoints to start from, and one folder.
+"""Makes sure that all ranks see the same run file, checkpoints, data, files of the recipe, and one folder.
 
 On nodes with disks of their own these may differ, and then each rank would train another model.
 """
@@ -7,20 +7,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
-from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.checkpoints import carried
+from upcycle.checkpoints.checkpoint import Checkpoint, file_hash
 from upcycle.errors import UpcycleError, listed
 from upcycle.loading import attention_heads
 from upcycle.training import start
+from upcycle.training.course import Course
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
 from upcycle.training.start import Start
 
+T = TypeVar("T")
+Prints = Mapping[str, str]  # a digest of each thing, by its name for a user
+
 _SAMPLES, _SAMPLE = 64, 64  # tensors of a checkpoint that are looked into, and bytes of each
+_FILES = ("statistics", "labels")  # keys of a recipe
 _PATIENCE = 60.0  # seconds; a network file system may show a new file late
 
 
@@ -30,7 +38,7 @@ class StartHere:
 
     begun: Start | None
     reason: str | None = None
-    prints: Mapping[str, str] | None = None  # of everything that must be alike, by its name for a user
+    prints: Sequence[Prints] = ()  # of everything that must be alike
 
     @property
     def expert_counts(self) -> set[int] | None:
@@ -47,29 +55,57 @@ class StartHere:
 
 def start_here(run: Run, world: int) -> StartHere:
     """Return what this rank finds. Raises `UpcycleError` in a world of one, where there is nobody to ask."""
-    try:
-        begun = start.start_of(run)
-    except UpcycleError as error:
-        if world == 1:
-            raise
-        return StartHere(begun=None, reason=str(error))
-    return StartHere(begun=begun, prints=_prints(run, begun) if world > 1 else {})
+    begun, reason = tried(lambda: start.start_of(run), world)
+    return StartHere(
+        begun=begun, reason=reason, prints=_prints(run, begun) if begun is not None and world > 1 else ()
+    )
 
 
 def agreed(mine: StartHere, ranks: Ranks) -> Start:
     """Return the start that every rank has found; raise the same `UpcycleError` on all if one has not."""
-    told = ranks.gathered((mine.reason, mine.prints or {}))
-    for rank, (reason, prints) in enumerate(told):
-        if reason is not None:
-            alike = all(why == reason for why, _ in told)
-            raise UpcycleError(reason if alike else f"process {rank} of {ranks.world}: {reason}")
-        if different := sorted(n for n in {*prints, *told[0][1]} if prints.get(n) != told[0][1].get(n)):
-            raise UpcycleError(
-                f"process {rank} of {ranks.world} sees another {listed(different)} than process 0; give "
-                f"every node the same files, by a shared file system or by copies of one download"
-            )
+    refuse_different(mine.reason, mine.prints, ranks)
     assert mine.begun is not None
     return mine.begun
+
+
+def tried(find: Callable[[], T], world: int) -> tuple[T | None, str | None]:
+    """Return what is found, and the reason if nothing is, for all ranks to hear.
+
+    Raises `UpcycleError` in a world of one, where there is nobody to tell.
+    """
+    try:
+        return find(), None
+    except UpcycleError as error:
+        if world == 1:
+            raise
+        return None, str(error)
+
+
+def of_first(find: Callable[[], T], ranks: Ranks) -> T:
+    """Return what the first rank finds; raise the same `UpcycleError` on all if it finds nothing."""
+    found, reason = ranks.share(tried(find, ranks.world) if ranks.first else None)
+    if reason is not None:
+        raise UpcycleError(reason)
+    return cast(T, found)
+
+
+def refuse_different(reason: str | None, prints: Sequence[Prints], ranks: Ranks) -> None:
+    """Raise the same `UpcycleError` on all ranks if one has a reason, or sees other things than the first.
+
+    `prints` are in order: what is in a later one depends on the earlier ones, and is to blame only if these
+    are alike.
+    """
+    told = ranks.gathered((reason, prints))
+    for rank, (why, found) in enumerate(told):
+        if why is not None:
+            alike = all(other == why for other, _ in told)
+            raise UpcycleError(why if alike else f"process {rank} of {ranks.world}: {why}")
+        for mine, first in zip(found, told[0][1], strict=True):
+            if different := sorted(n for n in {*mine, *first} if mine.get(n) != first.get(n)):
+                raise UpcycleError(
+                    f"process {rank} of {ranks.world} sees another {listed(different)} than process 0; give "
+                    f"every node the same files, by a shared file system or by copies of one download"
+                )
 
 
 def refuse_unseen(out: Path, file: str, ranks: Ranks) -> None:
@@ -85,14 +121,35 @@ def refuse_unseen(out: Path, file: str, ranks: Ranks) -> None:
         )
 
 
-def _prints(run: Run, begun: Start) -> dict[str, str]:
+def _prints(run: Run, begun: Start) -> list[Prints]:
     table = json.dumps(run.as_table(), sort_keys=True).encode()
     out = {"run file": hashlib.sha256(table).hexdigest()}
     for opened in begun.checkpoints:
         config = json.dumps(opened.config, sort_keys=True).encode()
         out[f"config of the {opened.label}"] = hashlib.sha256(config).hexdigest()
         out |= {f"{file.name} of the {opened.label}": _print(opened, file) for file in opened.files}
-    return out
+    for named in {leg.run.data.tokenizer for leg in Course(run).legs}:
+        folder = Path(named or begun.subject.folder)  # a snapshot of the hub may lie elsewhere on each node
+        out |= {f"{file} of the tokenizer {named or 'of the source'}": d for file, d in _of_tokenizer(folder)}
+    if begun.built is None or run.recipe is None:
+        return [out]
+    read = [f"{Path(path).name} of the recipe" for path in _files(run.recipe.as_table())]
+    return [out, {listed(read) or "blueprint of the model": begun.built.hash}]
+
+
+def _of_tokenizer(folder: Path) -> list[tuple[str, str]]:
+    """Return the names of the files of a tokenizer and their hashes; none if it is on the hub."""
+    names = carried.of_tokenizer(carried.carriable(folder)) if folder.is_dir() else []
+    return [(name, file_hash(folder / name)) for name in names if os.access(folder / name, os.R_OK)]
+
+
+def _files(table: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the files that a recipe reads besides checkpoints."""
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _files(value)
+        elif key in _FILES and value:
+            yield str(value)
 
 
 def _print(opened: Checkpoint, file: Path) -> str:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from upcycle import tasks
 from upcycle.conversion.provenance import Hashes
-from upcycle.data import corpus, leaks, stamps
-from upcycle.data.feeding import Feed
-from upcycle.data.readings import Reading
+from upcycle.data import leaks, stamps
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, listed
 from upcycle.records.state import RunState
@@ -19,6 +17,7 @@ from upcycle.sharding.layout import Layout
 from upcycle.system import progress
 from upcycle.tasks import Task
 from upcycle.training import (
+    agreement,
     back,
     enter,
     fit,
@@ -92,7 +91,7 @@ def ready(run: Run, begun: Start, task: Task, here: Ranks, checkpoint: Path | No
     lengths = task.lengths(run.train.sequence_length, begun.subject)
     run = micro_batch.chosen(run, begun, lengths, here, before, precision=precision)
     course = Course(run)
-    feeds = _feeds(course, task, begun, here)
+    feeds = Feeds.opened(course, task, begun, here)
     fit.refuse_uneven_rows(run, here.dp_size)
     fit.refuse_broken_groups(run, begun.built, lengths, here.dp_size)
     with _sources_kept(begun, here, before) as hashes:
@@ -123,27 +122,6 @@ def ready(run: Run, begun: Start, task: Task, here: Ranks, checkpoint: Path | No
     return Ready(course=course, trainee=trainee, anatomy=anatomy, feeds=feeds, state=state)
 
 
-def _feeds(course: Course, task: Task, begun: Start, here: Ranks) -> Feeds:
-    """Open the data of all stages.
-
-    The first rank prepares the files, and checks those that are there. The others wait, and check a file only
-    if they do not see the one that it has checked.
-    """
-
-    def opened(checked: Mapping[str, stamps.Stamp]) -> Feeds:
-        def feed(run: Run, readings: tuple[Reading, ...]) -> Feed:
-            return task.feed(replace(run.feeding(task, readings), checked=checked), begun.subject)
-
-        return Feeds(course, feed)
-
-    if not here.first:
-        with progress.reporting_to(progress.UNHEARD):  # the first one says it for all
-            return opened(here.share(None))
-    feeds, caches = opened({}), {leg.run.feeding(task).cache for leg in course.legs}
-    here.share({name: stamp for cache in caches for name, stamp in corpus.stamps_in(cache).items()})
-    return feeds
-
-
 def _first_state(trainee: Trainee, hashes: Hashes | None) -> RunState:
     """Return the state at step 0. If the run asks for it, the optimizer gets the moments of its source."""
     run = trainee.run
@@ -160,7 +138,7 @@ def _warn(run: Run, asked: Run, begun: Start, task: Task, here: Ranks, *, begins
     A run that has already trained so only gets a warning (`first_refusals`, `Task.objection`). `asked` is the
     run as the user wrote it.
     """
-    wrong = here.share(_wrong(run, asked, begun, task) if here.first else None)  # this may list large folders
+    wrong = agreement.of_first(lambda: _wrong(run, asked, begun, task), here)  # this may list large folders
     if wrong and begins:
         raise UpcycleError(wrong[0])
     if here.first:

@@ -5,15 +5,23 @@ A source that several tables have goes on as well, so that no row comes twice be
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from upcycle.data.corpus import Data
 from upcycle.data.feeding import Feed
 from upcycle.data.readings import Reading, Readings, fresh
+from upcycle.data.stamps import Stamp
 from upcycle.errors import UpcycleError
+from upcycle.system import progress
+from upcycle.tasks import Task
+from upcycle.training import agreement
 from upcycle.training.course import Course, Leg
+from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
+from upcycle.training.start import Start
 
 
 class Feeds:
@@ -29,6 +37,35 @@ class Feeds:
             for data, leg in first.items()
         ]
 
+    @classmethod
+    def opened(cls, course: Course, task: Task, begun: Start, here: Ranks) -> Feeds:
+        """Open the data of all stages. Raises `UpcycleError` on all ranks if they see different data.
+
+        The first rank prepares the files, and checks those that are there. The others wait, and check a file
+        only if they do not see the one that it has checked. So each compares the hashes of what it reads.
+        """
+        feeds: Feeds | None = None
+        reason: str | None = None
+
+        def made(checked: Mapping[str, Stamp]) -> Feeds:
+            def feed(run: Run, readings: tuple[Reading, ...]) -> Feed:
+                return task.feed(replace(run.feeding(task, readings), checked=checked), begun.subject)
+
+            return cls(course, feed)
+
+        def of_first() -> dict[str, Stamp]:
+            nonlocal feeds
+            feeds = made({})
+            return feeds.checked()
+
+        checked = agreement.of_first(of_first, here)
+        if not here.first:
+            with progress.reporting_to(progress.UNHEARD):  # the first one says it for all
+                feeds, reason = agreement.tried(lambda: made(checked), here.world)
+        agreement.refuse_different(reason, [feeds.prints() if feeds else {}], here)
+        assert feeds is not None
+        return feeds
+
     def of(self, leg: Leg) -> Feed:
         """Return the feed of a stage."""
         return self._feeds[self._kinds.index(leg.run.data)]
@@ -37,6 +74,18 @@ class Feeds:
         """Return the positions as JSON; if there is one feed, its own."""
         states = [feed.state() for feed in self._feeds]
         return states[0] if len(states) == 1 else {"feeds": states}
+
+    def prints(self) -> dict[str, str]:
+        """Return by what the data is known again, by the names of its sets for a user."""
+        found: dict[str, list[Any]] = {}
+        for feed in self._feeds:
+            for name, known in feed.known():
+                found.setdefault(f"{name} of the data", []).append(known)
+        return {name: json.dumps(known, sort_keys=True) for name, known in found.items()}
+
+    def checked(self) -> dict[str, Stamp]:
+        """Return the stamps of the prepared files that another process need not check again."""
+        return {path: stamp for feed in self._feeds for path, stamp in feed.checked().items()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go to saved positions. Raises `UpcycleError` if the data has changed since."""

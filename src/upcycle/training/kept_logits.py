@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ FORMAT = 1
 ABOUT = "about.json"
 LOGS, IDS = "teacher_logs", "teacher_ids"  # names in a batch
 _SEGMENT = 1 << 26  # bytes of a segment, about
+_ATTEMPTS, _PAUSE = 120, 0.5  # how often ranks look for a folder that is the same, and seconds between
 _HASH = 16  # bytes of the hash of a row
 
 Arrays = dict[str, np.ndarray]
@@ -95,7 +97,7 @@ class Maker:
         """
         if self.ranks.first:
             self._claim()
-        self.ranks.barrier()
+        self._refuse_apart()
         known = set(self.ranks.share([*self._found().places] if self.ranks.first else None))
         group, model = self.rows * self.ranks.dp_size, None
         waiting: list[Arrays] = []
@@ -116,7 +118,7 @@ class Maker:
                 work.advance(1)
         self._written(made, bool(made))
         feed.restore(begun)
-        self.ranks.barrier()
+        self._refuse_apart()
         return self._found()
 
     def _claim(self) -> None:
@@ -137,6 +139,28 @@ class Maker:
                 f"folder"
             )
         whole_file.write_json(path, mine)
+
+    def _refuse_apart(self) -> None:
+        """Refuse a folder that is not the same on all ranks: each would learn from other logits.
+
+        Segments are named by what is in them. A network file system may show a new one late.
+        """
+        for attempt in range(_ATTEMPTS):
+            time.sleep(_PAUSE if attempt else 0)
+            told = self.ranks.gathered(self._names())
+            if all(names == told[0] for names in told):
+                return
+        rank = next(rank for rank, names in enumerate(told) if names != told[0])
+        raise UpcycleError(
+            f"process {rank} of {self.ranks.world} sees other logits in {self.folder} than process 0; "
+            f"`teacher.cache`, or else `out`, must lie on a file system that all nodes share"
+        )
+
+    def _names(self) -> list[str]:
+        """Return the names of the segments that are there, and what the folder says of them."""
+        path = self.folder / ABOUT
+        about = path.read_text() if path.is_file() else ""
+        return [about, *sorted(each.name for each in self.folder.glob("*.logits"))]
 
     def _found(self) -> KeptLogits:
         """Return the logits that are there; a segment that is not as it was written is made anew."""
