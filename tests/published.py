@@ -208,9 +208,7 @@ def _small_rope(rope: dict[str, Any], pairs: int) -> dict[str, Any]:
         if key in rope:
             out[key] = [rope[key][i * len(rope[key]) // pairs] for i in range(pairs)]
     if rope.get("original_max_position_embeddings"):
-        beyond = (
-            "llama_4_scaling_beta" in rope
-        )  # what mixtral lacks behind it, which no row of verify reaches
+        beyond = "llama_4_scaling_beta" in rope  # mixtral has none behind it, where no row of verify reaches
         out["original_max_position_embeddings"] = LONGEST if beyond else ORIGINAL
     if "mrope_section" in rope:
         out["mrope_section"] = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
