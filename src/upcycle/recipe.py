@@ -148,6 +148,11 @@ class Grow(Settings):
             )
         self._make_absolute("statistics")
 
+    @property
+    def noisy(self) -> bool:
+        """True if copies get noise that does not cancel."""
+        return self.router_noise > 0 or (self.noise > 0 and self.noise_on == "all")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part(Settings):

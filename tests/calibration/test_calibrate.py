@@ -718,6 +718,23 @@ def test_the_command(data, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["examples"] == 3
 
 
+def test_the_command_names_the_positions_that_are_in_the_file(data, tmp_path, capsys):
+    """Some statistics are taken at one position, whatever positions are asked for."""
+    for collect, said in (
+        ("sample", "sample of channels over 3 examples"),
+        (
+            "sample,l2,co_activation",
+            "co_activation of neurons; l2 of channels, heads, neurons; sample of channels",
+        ),
+    ):
+        out = tmp_path / f"{collect}.safetensors"
+        cli.main(
+            ["calibrate", str(data / "t5"), "--text", str(data / "text.txt"), "--length", "16",
+             "--limit", "3", "--device", "cpu", "--collect", collect, "--out", str(out)]
+        )  # fmt: skip
+        assert f": {said}" in capsys.readouterr().out.replace("\n", " ")
+
+
 def test_opening_a_file_needs_no_torch(collect):
     found = collect("vit")
     script = (

@@ -229,6 +229,11 @@ def test_a_donor_by_two_paths(base, donor, tmp_path):
     assert len(built.donors) == 1
     said = warnings(base, {"source": str(donor)}, {"source": str(link)})
     assert "init.expert[1] and init.expert[2] are the same model" in said
+    sources = Recipe.of(
+        moe={"num_experts": 3}, init={"name": "branch_train_mix", "sources": [str(donor), str(link)]}
+    )
+    said = "\n".join(plan(base, sources).warnings)
+    assert "is named more than once, and counts once more in an average" in said
     shutil.copytree(donor, other, copy_function=os.link)
     said = refused(base, {"source": str(donor)}, {"source": str(other)})
     assert "are one checkpoint, by two paths" in said

@@ -600,6 +600,33 @@ def test_what_is_said_of_a_wrapper_that_does_not_fit(change, said, made, tmp_pat
         blueprint(source, Recipe.of())
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("llava", "layers.1.mlp.fc1.weight"),
+        ("gemma3", "layers.1.mlp.fc1.weight"),
+        ("mistral3", "layers.1.feed"),
+    ],
+)
+def test_a_vision_tower_of_another_shape_than_its_config_has_is_refused(kind, name, made, tmp_path):
+    stored = load_file(made(kind) / "model.safetensors")
+    first = next(key for key in stored if name in key and "vision" in key)
+    source = edit(made(kind), tmp_path / "cut", stored | {first: stored[first][:-1].clone()})
+    with pytest.raises(UpcycleError, match=f"{first} has shape .* and config.json says"):
+        blueprint(source)
+    blueprint(source, Recipe.of(moe={"part_only": "text", "target": "upcycled"}))
+
+
+def test_a_value_head_beside_a_multimodal_model_is_refused(made, tmp_path):
+    stored = load_file(made("llava") / "model.safetensors")
+    head = {"v_head.summary.weight": torch.zeros(1, 32)}
+    source = edit(made("llava"), tmp_path / "valued", stored | head)
+    with pytest.raises(UpcycleError, match=r"v_head\.summary\.weight belong to a value head.*--drop NAME"):
+        blueprint(source)
+    built = blueprint(source, Recipe.of(drop=["v_head.*"]))
+    assert "v_head.summary.weight" not in built.entries
+
+
 def test_two_text_models_are_refused(made, tmp_path):
     stored = load_file(made("llava") / "model.safetensors")
     again = {

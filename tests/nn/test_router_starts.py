@@ -23,7 +23,7 @@ from upcycle.api.calibration import calibrate
 from upcycle.blueprints.cost import plan
 from upcycle.errors import UpcycleError
 from upcycle.init._assignment import balanced
-from upcycle.nn.router_rows import seen
+from upcycle.nn.router_rows import RouterRows, seen, warnings
 from upcycle.nn.router_starts.centroids import spherical_kmeans
 from upcycle.records.statistics import KEY, NEGATIVE, Statistics
 from upcycle.tensors import rng
@@ -311,6 +311,29 @@ def test_plan_and_inspect_say_what_a_router_cannot_do(measured, stories, tmp_pat
     assert any(
         "expert 0 has the largest logit for no token" in n and "(layer 2)" in n for n in found["notes"]
     )
+
+
+def test_rows_of_zeros_are_told_as_alike():
+    """They have no direction, so that no cosine tells. One alone is no fault: the others may be around it."""
+    row = np.eye(4)[:1]
+    for weight, zero in (
+        (np.zeros((3, 4)), "experts 0, 1, 2 have rows of zeros"),
+        (np.concatenate([row, 0 * row, -row, 0 * row]), "experts 1, 3 have rows of zeros"),
+        (np.concatenate([row, 0 * row]), None),
+    ):
+        said = [each for each in warnings({"layer 0": seen(weight)}) if "zeros" in each]
+        assert [each.split(" in the router")[0] for each in said] == ([] if zero is None else [zero])
+        again = RouterRows.of(json.loads(json.dumps(seen(weight).as_dict())))
+        assert again.zero == seen(weight).zero
+
+
+def test_prompts_of_one_domain_for_all_experts_are_refused(measured, stories):
+    """Less their mean, nothing is left of rows that are all the same; one expert needs no row."""
+    start = {"name": "prompts", "statistics": str(measured.path), "domains": ["plays", "plays"]}
+    with pytest.raises(UpcycleError, match="all 2 experts have the domain plays, so nothing is left"):
+        plan(stories, {"moe": {"num_experts": 2, "top_k": 1}, "router": {"init": start}})
+    one = {"moe": {"num_experts": 1, "top_k": 1}, "router": {"init": {**start, "domains": ["plays"]}}}
+    assert not any("zeros" in each for each in plan(stories, one).warnings)
 
 
 # --- the recipe

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 import left_behind
+import upcycle
 from damage import spoil
 from left_behind import DENSE, LENGTH, MOE, ROWS, write_checkpoint, write_run
 from upcycle import Recipe, UpcycleError, cli, convert
@@ -649,6 +650,18 @@ def given_folders(tmp_path, monkeypatch):
     """The folders of `whole_study`; they have no weights, so nothing is said of experts."""
     monkeypatch.setattr("upcycle.reporting.checkpoints._anatomy", lambda folder: None)
     return whole_study(tmp_path / "given")
+
+
+@pytest.mark.parametrize(("given", "tokens"), [("1B", 10**9), ("1e9", 10**9), ("2_000_000", 2 * 10**6)])
+def test_tokens_of_the_dense_model_are_written_as_for_advise(given, tokens, tmp_path, monkeypatch):
+    taken = []
+    monkeypatch.setattr(
+        "upcycle.reporting.report", lambda *_, dense_tokens, **more: taken.append(dense_tokens) or []
+    )
+    cli.main(["report", "run", "--out", str(tmp_path / "r.html"), "--dense-tokens", given])
+    assert taken == [tokens]
+    with pytest.raises(UpcycleError, match="--dense-tokens 'many'; give a number of tokens"):
+        upcycle.report("run", tmp_path / "r.html", dense_tokens="many")
 
 
 def test_the_answer_and_the_numbers_of_the_tables(given_folders):

@@ -189,6 +189,32 @@ def test_the_most_used_experts_are_copied_layer_by_layer(mixture, tmp_path):
         upcycle.plan(source, {"grow": grow})
 
 
+@pytest.mark.parametrize(
+    ("grow", "reason", "keeps"),
+    [
+        ({"experts": 12, "top_k": 2}, "a token takes 2 experts", {"top_k": 6}),
+        ({"experts": 12, "top_k": 2, "router_noise": 0.1}, "a token takes 2 experts", None),
+        ({"experts": 8, "top_k": 4}, "different numbers of copies", {"choose": "all", "statistics": ""}),
+        ({"experts": 8, "top_k": 4, "router_noise": 0.1}, "different numbers of copies", None),
+        ({"experts": 8, "top_k": 2}, "different numbers of copies", None),
+        ({"experts": 6, "top_k": 3}, "different numbers of copies", None),
+    ],
+)
+def test_the_reason_why_the_function_is_not_kept_is_true(grow, reason, keeps, mixture, tmp_path):
+    """Three copies of each expert are equally many, however they were chosen; a promise is kept."""
+    source = mixture("mixtral")
+    file = routing(tmp_path, [[0.7, 0.1, 0.1, 0.1], [0.1, 0.2, 0.4, 0.3]])
+    grow = {"choose": "utility", "statistics": str(file), **grow}
+    plan = upcycle.plan(source, {"grow": grow})
+    (said,) = [each for each in plan.warnings if "function is not kept" in each]
+    assert reason in said
+    assert said.endswith(" keeps it") == (keeps is not None)
+    if keeps is not None:
+        key, value = next(iter(keeps.items()))
+        assert f"grow.{key} = {value} keeps it" in said
+        assert upcycle.blueprint(source, {"grow": {**grow, **keeps}}).preserves_function
+
+
 def test_the_routing_of_other_weights_is_refused(mixture, tmp_path):
     """What `inspect` writes says of which weights it is; older files do not."""
     source, other = mixture("mixtral"), mixture("mixtral", vocab_size=112)

@@ -43,6 +43,26 @@ def test_an_untied_head_is_a_copy_of_the_embeddings(target, dense, tmp_path):
     assert not any("SGLang" in warning for warning in b.warnings)
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "target", "can"),
+    [
+        ("llama", {}, "mixtral", ["upcycled"]),
+        ("phi3", {}, "mixtral", ["upcycled"]),  # it has a sliding window
+        ("phi3", {"sliding_window": None}, "mixtral", ["glm4_moe", "upcycled"]),
+        ("qwen2", {}, "granitemoe", ["qwen2_moe", "upcycled"]),
+    ],
+)
+def test_a_target_with_experts_in_every_layer_names_those_of_the_model_that_can_keep_dense_ones(
+    name, changes, target, can, dense
+):
+    source = dense(name, **changes)
+    with pytest.raises(UpcycleError) as found:
+        plan(source, {"moe": {"layers": "last_half", "target": target}})
+    assert str(found.value).endswith(f"use moe.layers = all, or moe.target = {' or '.join(can)}")
+    for other in can:
+        assert plan(source, {"moe": {"layers": "last_half", "target": other}}).num_moe_layers == 2
+
+
 def test_what_cannot_be_untied(dense, tmp_path):
     import tiny
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle import reporting
+from upcycle.advice.situation import parse_tokens
 from upcycle.errors import UpcycleError
 
 
@@ -37,19 +38,21 @@ def report(
     markdown: str | Path | None = None,
     title: str = reporting.TITLE,
     dense_flops: float | None = None,
-    dense_tokens: float | None = None,
+    dense_tokens: float | str | None = None,
 ) -> Report:
     """Write an HTML page `out` that compares training runs and checkpoints.
 
     The page shows the result, loss curves, task scores, routers, similarity of experts and speed. `folders`
     are those of training runs and of checkpoints exported from them. `markdown` names a Markdown file with
     the same content, with figures as PNG files in a folder beside it. `dense_flops` and `dense_tokens` are
-    the training cost of the dense checkpoint, used if no provenance has it. An earlier report is replaced.
-    Raises `UpcycleError` if there is nothing to show.
+    the training cost of the dense checkpoint, used if no provenance has it; tokens may be a text such as
+    "100B". An earlier report is replaced. Raises `UpcycleError` if there is nothing to show.
     """
     several = [folders] if isinstance(folders, (str, Path)) else [*folders]
     if not several:
         raise UpcycleError("give at least one RUN, a folder of `upcycle train` or `upcycle export`")
+    if isinstance(dense_tokens, str):
+        dense_tokens = parse_tokens(dense_tokens, "--dense-tokens")
     troubles = reporting.report(
         several, out, markdown=markdown, title=title, dense_flops=dense_flops, dense_tokens=dense_tokens
     )

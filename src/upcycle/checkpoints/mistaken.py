@@ -69,6 +69,11 @@ _HEADS = {
 }
 
 
+def beside(around: Iterable[str]) -> str | None:
+    """Say what a training program put beside a multimodal model, none of which has a value head."""
+    return heads(name for name in around if name.startswith("v_head."))
+
+
 def heads(surplus: Iterable[str]) -> str | None:
     """Say what tensors are that a model of this type does not have, if their names tell."""
     names_ = sorted(surplus)

@@ -188,7 +188,7 @@ def report(
     markdown: File = None,
     title: Text = None,
     dense_flops: Number = None,
-    dense_tokens: Number = None,
+    dense_tokens: Text = None,
 ) -> None:
     """Write one page about runs and checkpoints: did it pay, curves, tasks, routers, similarity, speed.
 
@@ -198,7 +198,7 @@ def report(
         markdown: a Markdown file with the same content, with figures as PNG in a folder beside it
         title: title of the page
         dense_flops: training FLOPs of the dense checkpoint, if no provenance has them
-        dense_tokens: training tokens of the dense checkpoint, if no provenance has them
+        dense_tokens: training tokens of the dense checkpoint, such as 100B, if no provenance has them
     """
     from upcycle.cli.views.report import show_reported
     from upcycle.reporting import TITLE

@@ -21,7 +21,7 @@ from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError, cut, listed, nearest_of_many, shown
 from upcycle.families import Config, Family
 from upcycle.families._names import Names, spelled
-from upcycle.families._wrappers import TEXT, VISION, Wrapper
+from upcycle.families._wrappers import TEXT, VISION, Wrapper, config_key
 from upcycle.targets import natives
 from upcycle.targets.wrapped import Wrapped
 
@@ -64,7 +64,42 @@ def admit(
         place = _at_top(checkpoint, stored, family, own)
     config = family.config(place.config(raw))
     left_out = without | _check_tensors(checkpoint, stored, family, config, place)
+    if within and not alone:
+        _check_around(
+            checkpoint, {name: info for name, info in stored.items() if name not in left_out}, place
+        )
     return Dense(checkpoint=checkpoint, family=family, config=config, left_out=left_out, place=place)
+
+
+def _check_around(checkpoint: Checkpoint, stored: Mapping[str, TensorInfo], place: Place) -> None:
+    """Refuse a value head around a text model, and a vision tower of other shapes than its config has.
+
+    All else around it is taken as it is: no family knows the class of the whole model. A tower is compared if
+    it is of a known family and all its names are there, because a model may do without its last blocks.
+    """
+    raw = checkpoint.config
+    around = [name for name in stored if place.own(name) is None]
+    if said := mistaken.beside(around):
+        raise UpcycleError(f"{checkpoint.folder}: {said}, or {_without(checkpoint, 'these tensors')}")
+    wrapper = places.wrapper_of(raw)
+    if wrapper is None or not wrapper.vision or not isinstance(raw.get(config_key(VISION)), Mapping):
+        return
+    own = places.own_config(raw, VISION)
+    if own["model_type"] not in families.names() or not families.find(own["model_type"]).sees:
+        return
+    family = families.find(own["model_type"])
+    tower = places.Tower(model_type=str(raw["model_type"]), wrapper=wrapper, text=None)
+    try:
+        _refuse_more_blocks_than_tensors(checkpoint.folder, len(around), family, own)
+        expected = family.shapes(family.config(tower.config(raw)))
+    except UpcycleError:  # it stays as it is, so that it need not be one that could have experts
+        return
+    for names in spelled(family, expected, around):
+        found = {known: stored[name] for name in around if (known := names.own(name)) is not None}
+        there = {name: shape for name, shape in expected.items() if name in found}
+        refuse_other_shapes(
+            checkpoint.folder, there, {name: (info.name, info.shape) for name, info in found.items()}
+        )
 
 
 def _admit_tower(checkpoint: Checkpoint, *, within: bool, drop: tuple[str, ...]) -> Dense:

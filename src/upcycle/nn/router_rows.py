@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from upcycle.errors import listed
 from upcycle.system.wording import layers_of
 
 ALIKE = 0.99  # cosine above which two rows are called alike
@@ -40,6 +41,11 @@ class RouterRows:
         pairs = zip(*np.triu_indices(len(self.cosine), 1), strict=True)
         found = ((int(a), int(b), float(self.cosine[a, b])) for a, b in pairs)
         return [pair for pair in found if pair[2] > ALIKE]
+
+    @property
+    def zero(self) -> list[int]:
+        """The experts whose rows are zero. Such a row has no cosine, not even with itself."""
+        return np.flatnonzero(self.cosine.diagonal() == 0).tolist()
 
     @property
     def between(self) -> dict[str, float] | None:
@@ -144,12 +150,18 @@ def _nearest(gram: np.ndarray, chosen: list[int], weights: np.ndarray) -> tuple[
 
 
 def warnings(found: Mapping[str, RouterRows]) -> list[str]:
-    """Return a sentence for each expert whose logit never wins and each pair of rows that are alike.
+    """Return a sentence for each expert whose logit never wins, rows of zeros, and each pair of rows alike.
 
     `found` has the routers by the name of their place. Places that have the same to say share a sentence.
     """
     said: dict[str, list[str]] = {}
     for place, rows in found.items():
+        if len(rows.zero) > 1:
+            said.setdefault(
+                f"experts {listed([*map(str, rows.zero)])} have rows of zeros in the router, so "
+                f"that every token scores them alike",
+                [],
+            ).append(place)
         for e in rows.never_first:
             said.setdefault(
                 f"expert {e} has the largest logit for no token, because its row of the router lies between "

@@ -159,6 +159,18 @@ class Statistics:
         keys = [key.split(".") for key in self.tensors]
         return [(stack, int(layer)) for p, stack, layer, n in keys if (p, n) == (position, name)]
 
+    def kept(self) -> dict[tuple[str, ...], list[str]]:
+        """Return the names of the statistics that were collected, by the positions where they were."""
+        where: dict[str, set[str]] = {name: set() for name in self.provenance["collect"]}
+        for key in self.tensors:
+            position, _, _, name = key.split(".")
+            if name in where:
+                where[name].add(position)
+        found: dict[tuple[str, ...], list[str]] = {}
+        for name, positions in where.items():
+            found.setdefault(tuple(sorted(positions)), []).append(name)
+        return found
+
     def as_dict(self) -> dict[str, Any]:
         """Return a description of the file as JSON has it."""
         return {"path": str(self.path), "digest": self.digest, **self.provenance}

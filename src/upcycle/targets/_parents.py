@@ -28,14 +28,17 @@ def growth(source: Mixture, recipe: Recipe, layer: int) -> Growth:
         parents = tuple(e % old for e in range(count))
     else:
         parents = _most_used(_loads(source, grow, layer), count, grow.most_copies)
-    even = len(set(Counter(parents).values())) == 1
-    together = even and recipe.moe.top_k == source.top_k * count // old
-    noisy = grow.router_noise > 0 or (grow.noise > 0 and grow.noise_on == "all")
+    together = even(parents) and recipe.moe.top_k == source.top_k * count // old
     return Growth(
         parents=parents,
-        exact=together and not (count > old and noisy),
+        exact=together and not (count > old and grow.noisy),
         cancels=count > old and grow.noise > 0,
     )
+
+
+def even(parents: tuple[int, ...]) -> bool:
+    """Return whether every expert of the source is there equally often."""
+    return len(set(Counter(parents).values())) == 1
 
 
 def _most_used(loads: tuple[float, ...], count: int, most: int) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from upcycle.families._training import Trained
 from upcycle.families._weights import Initial, Weight
 from upcycle.init import Growth, Site
 from upcycle.targets import _moe_layer
-from upcycle.targets._parents import growth
+from upcycle.targets._parents import even, growth
 from upcycle.targets._with_experts import WithExperts
 from upcycle.targets.native import Native
 from upcycle.tensors.computed import Drawn, Fill, Noise
@@ -139,9 +139,10 @@ class Grown(WithExperts):
         """Say what becomes of the function, and what routers do with copies."""
         source, grow = _parts(built.dense, built.recipe)
         moe, said = built.recipe.moe, []
-        if not all(site.growth.exact for site in built.sites if site.growth):
-            said.append(_why_not(source, grow, moe.num_experts, moe.top_k))
-        elif any(site.growth.cancels for site in built.sites if site.growth) and not built.preserves_function:
+        grown = [site.growth for site in built.sites if site.growth]
+        if not all(layer.exact for layer in grown):
+            said.append(_why_not(source, grow, grown, moe.num_experts, moe.top_k))
+        elif any(layer.cancels for layer in grown) and not built.preserves_function:
             said.append(
                 "noise of opposite signs cancels up to the rounding of weights, which is too much here to "
                 "promise the function; dtype = float32 keeps it"
@@ -309,19 +310,21 @@ def _noisy(expert: FeedForward, site: Site, grow: Grow, stream: int, sign: float
     return expert.map(noisy)
 
 
-def _why_not(source: Mixture, grow: Grow, count: int, top_k: int) -> str:
-    """Say why the function is not kept, and what would keep it."""
+def _why_not(source: Mixture, grow: Grow, layers: Iterable[Growth], count: int, top_k: int) -> str:
+    """Say why the function is not kept, and which key alone would keep it, if one would."""
     old, kept = source.num_experts, source.top_k
-    if grow.choose != "all":
+    whole = kept * count // old
+    if not all(even(layer.parents) for layer in layers):
+        keeps = count % old == 0 and top_k == whole and not grow.noisy
         return (
             "experts have different numbers of copies, so a token weighs them otherwise than before: the "
-            "function is not kept; grow.choose = all keeps it"
+            f"function is not kept{'; grow.choose = all keeps it' if keeps else ''}"
         )
-    if top_k != kept * count // old:
+    if top_k != whole:
         return (
-            f"a token takes {top_k} experts, and all copies of the {kept} that it took would be "
-            f"{kept * count // old}: copies of one expert take the places of others, so the function is not "
-            f"kept; grow.top_k = {kept * count // old} keeps it"
+            f"a token takes {top_k} experts, and all copies of the {kept} that it took would be {whole}: "
+            f"copies of one expert take the places of others, so the function is not kept"
+            f"{'' if grow.noisy else f'; grow.top_k = {whole} keeps it'}"
         )
     return (
         "copies have noise, so the function is kept only roughly; grow.noise_on = down without "

@@ -180,9 +180,14 @@ class Native(WithExperts):
                 raise UpcycleError(f"moe.layers = {recipe.moe.layers}: {chosen}")
             return chosen
         if len(layers) != dense.config["num_hidden_layers"]:
+            can = [
+                name
+                for name in dense.family.natives
+                if name in natives.with_dense_layers() and not dense.family.refusal(dense.config, name)
+            ]
             raise UpcycleError(
                 f"{self.model_type} has experts in every layer and cannot keep dense ones; use moe.layers = "
-                f"all, moe.target = upcycled, or a family whose target can (qwen2, qwen3, ernie4_5, cohere2)"
+                f"all, or moe.target = {' or '.join([*can, 'upcycled'])}"
             )
         return {}
 

@@ -22,11 +22,12 @@ def show_calibrated(found: Statistics) -> None:
     if table.row_count:
         out.print(table)
     made = found.provenance
+    kept = "; ".join(f"{', '.join(names)} of {', '.join(where)}" for where, names in found.kept().items())
     tokens = " + ".join(
         f"{count(n)} {stack}" if stack != "layers" else count(n) for stack, n in made["tokens"].items()
     )
     out.print(
-        f"{found.path}: {', '.join(made['collect'])} of {', '.join(made['positions'])} over "
-        f"{made['examples']} examples ({tokens} tokens), {size(found.path.stat().st_size)}"
+        f"{found.path}: {kept} over {made['examples']} examples ({tokens} tokens), "
+        f"{size(found.path.stat().st_size)}"
     )
     out.print(f"digest {found.digest}")

@@ -25,6 +25,11 @@ def names() -> list[str]:
     return registry.names(sys.modules[__name__])
 
 
+def with_dense_layers() -> list[str]:
+    """Return the architectures in which some layers can stay dense."""
+    return [name for name in names() if find(name).dense_layers is not None]
+
+
 def growing() -> list[str]:
     """Return the architectures that can be a source that grows."""
     return [name for name in names() if find(name).growing is not None]
