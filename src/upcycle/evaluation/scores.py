@@ -209,9 +209,9 @@ def _on_texts(judge: Judge) -> list[Result]:
         scored = tasks.find("sft")().score(judge, _part(asked.chats))
         results.append(replace(scored, name=asked.chats.name))
     if asked.by_harness:
-        results += harness().score(
-            judge.language, asked.tasks, asked.task_files, shots=asked.num_fewshot, limit=asked.limit
-        )
+        theirs = harness()
+        exam = theirs.exam(asked.tasks, asked.task_files, shots=asked.num_fewshot, limit=asked.limit)
+        results += theirs.score(judge.language, exam)
     if asked.superglue:
         results += text_to_text.score(judge.language, asked.superglue, limit=asked.limit)
     return results

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,10 +59,8 @@ def start_here(run: Run, world: int) -> StartHere:
 def agreed(mine: StartHere, ranks: Ranks) -> Start:
     """Return the start that every rank has found; raise the same `UpcycleError` on all if one has not."""
     told = ranks.gathered((mine.reason, mine.prints or {}))
-    for rank, (reason, prints) in enumerate(told):
-        if reason is not None:
-            alike = all(why == reason for why, _ in told)
-            raise UpcycleError(reason if alike else f"process {rank} of {ranks.world}: {reason}")
+    _refuse_told([reason for reason, _ in told])
+    for rank, (_, prints) in enumerate(told):
         if different := sorted(n for n in {*prints, *told[0][1]} if prints.get(n) != told[0][1].get(n)):
             raise UpcycleError(
                 f"process {rank} of {ranks.world} sees another {listed(different)} than process 0; give "
@@ -70,6 +68,34 @@ def agreed(mine: StartHere, ranks: Ranks) -> Start:
             )
     assert mine.begun is not None
     return mine.begun
+
+
+def first_alone(work: Callable[[], None], ranks: Ranks) -> None:
+    """Do `work` on the first rank, and then on the others, which may find there what it has fetched.
+
+    Raises the same `UpcycleError` on all ranks if one of them does.
+    """
+    reason = _reason(work) if ranks.first else None
+    if (reason := ranks.share(reason)) is not None:
+        raise UpcycleError(reason)
+    _refuse_told(ranks.gathered(None if ranks.first else _reason(work)))
+
+
+def _reason(work: Callable[[], None]) -> str | None:
+    """Do `work`; return what it refuses to do, or None."""
+    try:
+        work()
+    except UpcycleError as error:
+        return str(error)
+    return None
+
+
+def _refuse_told(reasons: Sequence[str | None]) -> None:
+    """Raise an `UpcycleError` with the first reason; it says which rank has it if the others do not."""
+    for rank, reason in enumerate(reasons):
+        if reason is not None:
+            alike = all(other == reason for other in reasons)
+            raise UpcycleError(reason if alike else f"process {rank} of {len(reasons)}: {reason}")
 
 
 def refuse_unseen(out: Path, file: str, ranks: Ranks) -> None:
