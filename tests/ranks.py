@@ -7,6 +7,7 @@ import importlib.util
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from upcycle.training.loop import train
 from upcycle.training.parallel import ranks
 from upcycle.training.routing import Routers
 from upcycle.training.run import Run
+from upcycle.training.sections import Parallel
 from upcycle.training.trainee import Trainee
 
 Layout = dict[str, int]
@@ -341,6 +343,26 @@ def examined(table: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
         "losses": [line.loss for line in lines], "scores": [dict(line.scores or {}) for line in lines],
         "wrote": wrote,
     }  # fmt: skip
+
+
+def does_first_alone(folder: str, refuses: int | None) -> str:
+    """What `agreement.first_alone` says of work that rank `refuses` cannot do."""
+    seen = Path(folder) / "fetched"
+
+    def work() -> None:
+        if rank() == refuses:
+            raise UpcycleError("no")
+        if rank() == 0:
+            time.sleep(0.3)
+            seen.touch()
+        assert seen.exists()
+
+    with ranks(Parallel()) as here:
+        try:
+            agreement.first_alone(work, here)
+        except UpcycleError as error:
+            return str(error)
+    return ""
 
 
 def refused_apart(cases: list[tuple[dict[str, Any], str]]) -> list[tuple[str, bool]]:

@@ -316,8 +316,9 @@ def test_images_are_paired(tmp_path):
     row = next(row for row in compared["differences"] if row["metric"] == "accuracy")
     assert row["difference"] == pytest.approx(float((right[1] - right[0]).mean()))
     assert row["standard_error"] == pytest.approx(float(stats.sem(right[1] - right[0])))
+    shutil.copytree(tmp_path / "images", tmp_path / "shots")
     probes = [
-        score(folder, ToScore(images=tmp_path / "images", shots=tmp_path / "images", per_class=2))
+        score(folder, ToScore(images=tmp_path / "images", shots=tmp_path / "shots", per_class=2))
         for folder in folders
     ]
     (row,) = compare(probes)["differences"]
@@ -325,6 +326,22 @@ def test_images_are_paired(tmp_path):
     assert row["difference"] == pytest.approx(float((accuracies[1] - accuracies[0]).mean()))
     assert row["standard_error"] == pytest.approx(float(stats.sem(accuracies[1] - accuracies[0])))
     assert (row["kind"], row["units"], row["count"]) == ("few_shot", "seeds", 5)
+
+
+def test_a_probe_is_not_tested_on_what_it_is_fitted_on(tmp_path):
+    """One set, a link to it, or a folder that has an image of it; the weights are not read."""
+    for name, label in (("shots", "a"), ("some", "a")):
+        (tmp_path / name / label).mkdir(parents=True)
+        Image.new("RGB", (12, 12)).save(tmp_path / name / label / "0.png")
+    (tmp_path / "link").symlink_to(tmp_path / "shots")
+    (tmp_path / "some/a/1.png").symlink_to(tmp_path / "shots/a/0.png")
+    folder = make(tmp_path / "vit", "ViTForImageClassification")
+    (folder / "model.safetensors").write_bytes(b"")
+    for images in ("shots", "link", "some"):
+        with pytest.raises(
+            UpcycleError, match=rf"--few-shot .*shots and --images .*{images} both have 0\.png"
+        ):
+            score(folder, ToScore(images=tmp_path / images, shots=tmp_path / "shots"))
 
 
 def test_a_probe_knows_classes_by_their_names(tmp_path):
@@ -508,7 +525,8 @@ def test_rows_come_again_where_memory_ran_out(tmp_path, monkeypatch):
             Image.fromarray(pixels).save(tmp_path / "images" / str(label) / f"{i}.png")
     folder = make(tmp_path / "vit", "ViTForImageClassification")
     asked = [ToScore(images=tmp_path / "images", batch_size=8)]
-    asked.append(ToScore(images=tmp_path / "images", shots=tmp_path / "images", per_class=2, batch_size=8))
+    shutil.copytree(tmp_path / "images", tmp_path / "shots")
+    asked.append(ToScore(images=tmp_path / "images", shots=tmp_path / "shots", per_class=2, batch_size=8))
     wanted = [evaluate(folder, each) for each in asked]
     opened, tried = models.open, []
 

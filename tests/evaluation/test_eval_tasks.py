@@ -211,6 +211,19 @@ def test_configs_are_those_of_the_installed_package(name, prompt, target, folder
         assert str(target) in str(stored["doc_to_target"])
 
 
+def test_an_exam_that_is_asked_again_is_the_same(dense_model, folders):
+    """The examples before its questions are drawn anew at each score, from one seed."""
+    from upcycle.evaluation import harness
+
+    names = ("arc_easy", "lambada_openai")
+    asked, fresh = (harness.exam(names, folders[0], shots=2, limit=4) for _ in range(2))
+    model = language(dense_model)
+    first, second, other = (
+        [each.as_json() for each in harness.score(model, exam)] for exam in (asked, asked, fresh)
+    )
+    assert first == second == other
+
+
 def test_few_shot_examples_are_others_of_the_file(folders):
     task = loaded("arc_easy", folders[1])
     task.set_config(key="num_fewshot", value=2)
@@ -229,7 +242,10 @@ def test_numbers_are_those_of_the_harness_own_model(dense_model, folders):
     """Values and standard errors of every task, from its model of transformers in batches of two."""
     from upcycle.evaluation import harness
 
-    found = {r.name: r for r in harness.score(language(dense_model), (), folders[1], shots=1, limit=0)}
+    found = {
+        r.name: r
+        for r in harness.score(language(dense_model), harness.exam((), folders[1], shots=1, limit=0))
+    }
     tasks = harness._local(task_files.find(folders[1], ()))
     for task in tasks.values():
         harness._set_shots(task, 1)
@@ -275,7 +291,7 @@ def test_real_numbers_are_those_of_the_harness_own_model(name, stories):
     if not REAL.is_dir():
         pytest.skip(f"the files of the tasks are not at {REAL}")
     limit = 3 if name == "boolq" else 12
-    (found,) = harness.score(language(stories), (name,), REAL, shots=None, limit=limit)
+    (found,) = harness.score(language(stories), harness.exam((name,), REAL, shots=None, limit=limit))
     task = loaded(name, REAL)
     harness._set_shots(task, None)
     wanted = lm_eval.evaluate(theirs(stories), {"tasks": {name: task}}, limit=limit, bootstrap_iters=0)
@@ -439,7 +455,10 @@ def test_missing_files_and_unknown_tasks(dense_model, folders, tmp_path):
     refused("no folder", tasks=("piqa",), task_files=tmp_path / "nowhere")
     refused("holds no task files", tasks=("piqa",), task_files=tmp_path)
     refused(r"has no task blimp_wh_iland; near it are blimp_wh_island", tasks=("blimp_wh_iland",))
-    refused(r"data set of the task arc_easy cannot be fetched .*--task-files FOLDER", tasks=("arc_easy",))
+    refused(
+        r"data set of the task arc_easy cannot be fetched .*--task-files FOLDER, .* eval\.task_files",
+        tasks=("arc_easy",),
+    )
     for line, message in (
         ("{", "line 1 is not JSON"),
         ("[]", "line 1 is not a JSON object"),

@@ -13,6 +13,7 @@ import gloo
 import ranks
 import upcycle
 from upcycle import UpcycleError
+from upcycle.api.training import rehearse
 from upcycle.dense.subject import Subject
 from upcycle.evaluation.batch_size import BatchSize
 from upcycle.evaluation.exam import HarnessExaminer
@@ -58,10 +59,67 @@ def test_tasks_are_scored_during_training(table, tasks, tmp_path):
     assert [line.loss for line in read(tmp_path / "without")] == [line.loss for line in lines]
     with pytest.raises(UpcycleError, match=r"take one of them"):
         loop.train(Run.of({**table, "out": str(tmp_path / "third")}))
-    bad = {**table, "eval": {**tasks, "tasks": ["piqa"]}, "out": str(tmp_path / "fourth")}
-    with pytest.raises(UpcycleError, match="piqa"):
-        upcycle.train(bad)
-    assert not Path(bad["out"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "changes", "said"),
+    [
+        ("", {"tasks": ["piqa"]}, r"has no piqa\.jsonl for the task piqa.*leave out --task-files .*eval\."),
+        ("", {"task_files": "nowhere"}, r"no folder nowhere; --task-files, or eval\.task_files in a run"),
+        ("", {"tasks": ["arc_easi"], "task_files": None}, "has no task arc_easi; near it are arc_easy"),
+        ('{"text": 5}\n', {}, r"lambada_openai\.jsonl, line 1: 'text' is int"),
+        ("{\n", {}, r"lambada_openai\.jsonl, line 1 is not JSON"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_the_first_step(table, tasks, tmp_path, line, changes, said):
+    file = tmp_path / "lambada_openai.jsonl"
+    file.write_text(line + file.read_text())
+    asked = {**table["eval"], **changes}
+    bad = table | {"eval": {key: value for key, value in asked.items() if value is not None}}
+    for begin in (rehearse, upcycle.train):
+        with pytest.raises(UpcycleError, match=said):
+            begin(bad)
+    assert not Path(table["out"]).exists()
+
+
+def test_a_data_set_that_cannot_be_fetched_is_refused_before_the_first_step(table):
+    """A dry run fetches nothing, so it does not know."""
+    asked = table | {"eval": {"tasks": ["arc_easy"]}}
+    assert rehearse(asked).steps == 3
+    with pytest.raises(UpcycleError, match=r"arc_easy cannot be fetched .* eval\.task_files"):
+        upcycle.train(asked)
+    assert not Path(table["out"]).exists()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_score_that_fails_loses_no_step(table, tmp_path, monkeypatch, asynchronous):
+    """In the middle of a run and at its end; a resumed run asks first for what is not there."""
+    whole = {**table, "out": str(tmp_path / "whole")}
+    upcycle.train(whole)
+    table |= {"checkpoint": {"every": 0, "asynchronous": asynchronous}}
+    score = HarnessExaminer.score
+    for step, works in ((2, []), (3, [True])):
+        outcomes = iter([*works, False])
+
+        def perhaps(*given, outcomes=outcomes):
+            if next(outcomes):
+                return score(*given)
+            raise UpcycleError("no memory")
+
+        monkeypatch.setattr(HarnessExaminer, "score", perhaps)
+        with pytest.raises(UpcycleError, match=rf"step {step} cannot be scored .*: no memory; .*--resume"):
+            upcycle.train(table, resume=step > 2)
+        assert (tmp_path / f"run/checkpoints/step-{step}").is_dir()
+        assert [line.step for line in read(tmp_path / "run")] == [*range(1, step + 1)]
+        assert read(tmp_path / "run")[-1].scores is None
+    monkeypatch.setattr(HarnessExaminer, "score", score)
+    assert upcycle.train(table, resume=True).finished
+    found, wanted = (read(tmp_path / name) for name in ("run", "whole"))
+    assert [(line.step, line.loss, line.scores) for line in found] == [
+        (line.step, line.loss, line.scores) for line in wanted
+    ]
+    monkeypatch.setattr(HarnessExaminer, "score", None)
+    upcycle.train(table, resume=True)  # nothing is left to ask
 
 
 def test_a_run_that_diverges_goes_on_without_scores(table, tmp_path, caplog):
@@ -77,7 +135,9 @@ def test_one_rank_says_that_there_are_no_scores(table, trainable, caplog):
     model.get_output_embeddings().weight.data.fill_(math.nan)
     for rank, said in ((0, 1), (1, 0)):
         here = Ranks(rank=rank, dp_rank=rank, device=torch.device("cpu"))
-        assert HarnessExaminer().score(model, run, subject, here) == {}
+        examiner = HarnessExaminer()
+        examiner.prepare(run, subject)
+        assert examiner.score(model, run, subject, here) == {}
         assert caplog.messages.count("the model gives NaN, so its tasks have no scores") == said
         caplog.clear()
 

@@ -438,6 +438,16 @@ def test_labels_that_disagree_with_the_head(data, tmp_path):
     changed = table("vit", data, tmp_path / "run", data={"sources": [{"path": str(tmp_path / "images")}]})
     with pytest.raises(UpcycleError, match="has 4 classes and the model's head 3"):
         train(Run.of(changed))
+    for classes, said in (
+        (
+            ["0", "1"],
+            "has 4 classes and task.classes names 2, and not 2, 3; name all of them in task.classes",
+        ),
+        (2, "has 4 classes and task.classes = 2; set it to 4"),
+    ):
+        changed["task"] = {**changed.get("task", {}), "name": "image_classification", "classes": classes}
+        with pytest.raises(UpcycleError, match=said):
+            train(Run.of(changed))
 
 
 def test_a_new_head_for_other_classes(data, tmp_path):

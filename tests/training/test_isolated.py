@@ -178,6 +178,9 @@ class Asks(Examiner):
     def refuse(self, run: Run, subject: Subject) -> None:
         pass
 
+    def prepare(self, run: Run, subject: Subject) -> None:
+        pass
+
     def score(self, *_: Any) -> dict[str, float]:
         self.narrow.append(torch.is_autocast_enabled("cpu"))
         return {}

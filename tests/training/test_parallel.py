@@ -394,6 +394,13 @@ def test_ranks_that_see_different_files_of_a_recipe(llama, tmp_path, same):
     assert bool(said[0]) != same
 
 
+@pytest.mark.parametrize(
+    ("refuses", "said"), [(None, ["", ""]), (0, ["no", "no"]), (1, ["process 1 of 2: no"] * 2)]
+)
+def test_the_first_rank_fetches_and_all_refuse(tmp_path, refuses, said):
+    assert gloo.run(2, "ranks:does_first_alone", str(tmp_path), refuses) == said
+
+
 def test_peak_memory_of_a_rank_is_its_shard(tmp_path):
     """A model of 150 MB on two ranks: neither comes near to the whole of it."""
     warm = make_dense(tmp_path / "warm", "llama")

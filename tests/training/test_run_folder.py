@@ -243,11 +243,11 @@ LINES = [b"\xff\n", b"5\n", b"{}\n", b'{"step": "x"}\n', b"\0\0\0\n", b"[" * 100
 def test_damaged_metrics_are_counted(line: bytes, table: Table) -> None:
     path = begun(table) / "metrics.jsonl"
     before, steps = path.read_bytes(), read(path.parent)
-    assert metrics._end_at(path, steps[-1].step) == 0
+    assert metrics._end_at(path, steps[-1].step)[1] == 0
     assert path.read_bytes() == before
     path.write_bytes(line + before)
     assert read(path.parent) == steps
-    assert metrics._end_at(path, steps[-1].step) == 1
+    assert metrics._end_at(path, steps[-1].step)[1] == 1
     assert path.read_bytes() == before
 
 
@@ -259,7 +259,7 @@ def test_metrics_of_a_long_run_are_not_held_in_memory(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(line | {"step": n}) + "\n" for n in range(1, 201)))
     size = path.stat().st_size
     tracemalloc.start()
-    assert metrics._end_at(path, 150) == 0
+    assert metrics._end_at(path, 150)[1] == 0
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert size > 2_000_000
@@ -595,6 +595,40 @@ def test_what_decides_no_number_may_be_another_when_a_run_goes_on(
     whole_file.write_json(state / RunState.FILE, rewritten.as_table())
     longer = {"steps": 4, **change.get("train", {})}
     train(Run.of(table(**{**change, "train": longer})), resume=True)
+    assert losses(out) == losses(whole)
+
+
+BOTH = {"batch_size": 4, "batch_tokens": 1024, "eval_examples": 8, "eval_tokens": 512}
+
+
+def test_rows_and_tokens_are_not_both_given(table: Table, tmp_path: Path) -> None:
+    """Of a batch and of what is held out. The default of tokens is not given."""
+    run = table()
+    head = f"source = '{run['source']}'\nout = '{run['out']}'\ndata.sources = [{{path = 'x.txt'}}]\n"
+    (tmp_path / "run.toml").write_text(f"{head}schedule = {{name = 'constant', peak = 1}}\ntrain.steps = 2\n")
+    one, two, three, four = (f"train.{key}={value}" for key, value in BOTH.items())
+    for given in ([one, two], [three, four]):
+        with pytest.raises(UpcycleError, match=rf"{given[0].replace('=', ' = ')} and train\..*; give one of"):
+            Run.load(tmp_path / "run.toml", given)
+    found = Run.load(tmp_path / "run.toml", [one, three])
+    assert (found.train.rows, found.train.eval_rows) == (4, 8)
+
+
+def test_a_run_that_has_recorded_rows_and_tokens_goes_on_without_tokens(table: Table, tmp_path: Path) -> None:
+    whole = begun(table, out=str(tmp_path / "whole"), train={"steps": 4, "batch_size": 4})
+    out = begun(table, train=BOTH)
+    state = saving.latest(out)
+    assert state is not None
+    for path, key in ((state / RunState.FILE, "identity"), (out / "run.json", "run")):
+        written = json.loads(path.read_text())
+        assert written[key]["train"]["batch_size"] == 4
+    recorded = saving.read_state(state).identity
+    recorded["train"] |= BOTH  # as earlier versions recorded it
+    rewritten = replace(saving.read_state(state), identity=recorded).sealed()
+    whole_file.write_json(state / RunState.FILE, rewritten.as_table())
+    assert Run.of(json.loads((out / "run.json").read_text())["run"]).train.batch_tokens == 1024
+    rows = {"steps": 4, "batch_size": 4, "eval_examples": 8, "batch_tokens": 64}
+    train(Run.of(table(train=rows)), resume=True)
     assert losses(out) == losses(whole)
 
 

@@ -47,9 +47,10 @@ def rehearse(run: Run | Mapping[str, Any] | str | Path, *, world: int = 1) -> Re
     """
     asked = Run.of(run)
     refuse_what_cannot_begin(asked)
+    from upcycle.evaluation.exam import HarnessExaminer
     from upcycle.training import rehearsal
 
-    return rehearsal.rehearse(asked, world)
+    return rehearsal.rehearse(asked, world, HarnessExaminer())
 
 
 def refuse_what_cannot_begin(run: Run) -> None:

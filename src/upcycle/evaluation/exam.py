@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from upcycle.data import corpus
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
-from upcycle.evaluation import task_files
 from upcycle.evaluation.batch_size import BatchSize
 from upcycle.evaluation.language_model import SPEAKING, LanguageModel
 from upcycle.evaluation.no_numbers import NoNumbersError
@@ -30,15 +30,19 @@ class HarnessExaminer(Examiner):
     meet; each of them works out all scores.
     """
 
+    def __init__(self) -> None:
+        self._exam: Any = None  # the tasks of the run with their data, which are read once
+
     def refuse(self, run: Run, subject: Subject) -> None:
-        if not subject.architecture.endswith(SPEAKING):
-            raise UpcycleError(
-                f"eval.tasks: {subject.architecture} gives no text a likelihood, and tasks ask for one; "
-                f"leave them out"
-            )
-        harness()
-        if run.eval.task_files is not None:
-            task_files.find(Path(run.eval.task_files), run.eval.tasks)
+        _refuse_mute(subject)
+        if run.eval.task_files is None:
+            harness().refuse_unknown(run.eval.tasks)
+        else:
+            _exam(run)
+
+    def prepare(self, run: Run, subject: Subject) -> None:
+        _refuse_mute(subject)
+        self._exam = _exam(run)
 
     def score(self, model: PreTrainedModel, run: Run, subject: Subject, here: Ranks) -> Mapping[str, float]:
         words = corpus.tokenizer(run.data, subject.folder)
@@ -46,11 +50,9 @@ class HarnessExaminer(Examiner):
         if here.world > 1:
             size = BatchSize.agreed(here.gathered(language.size))
             language = replace(language, size=size, shared=True)
-        folder = None if run.eval.task_files is None else Path(run.eval.task_files)
+        assert self._exam is not None, "a run is prepared before its first step"
         try:
-            results = harness().score(
-                language, run.eval.tasks, folder, shots=run.eval.num_fewshot, limit=run.eval.limit
-            )
+            results = harness().score(language, self._exam)
         except NoNumbersError:  # a run that diverges goes on, and its held-out loss says so
             if here.first:
                 progress.warn("the model gives NaN, so its tasks have no scores")
@@ -64,3 +66,19 @@ class HarnessExaminer(Examiner):
             for name, metric in result.metrics.items()
             if "part_of" not in result.more
         }
+
+
+def _refuse_mute(subject: Subject) -> None:
+    """Raise `UpcycleError` for a model that gives no text a likelihood."""
+    if not subject.architecture.endswith(SPEAKING):
+        raise UpcycleError(
+            f"eval.tasks: {subject.architecture} gives no text a likelihood, and tasks ask for one; "
+            f"leave them out"
+        )
+
+
+def _exam(run: Run) -> Any:
+    """Return the tasks of a run with their data."""
+    asked = run.eval
+    folder = None if asked.task_files is None else Path(asked.task_files)
+    return harness().exam(asked.tasks, folder, shots=asked.num_fewshot, limit=asked.limit)

@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from upcycle.data import leaks
 from upcycle.data.augment import Augment
+from upcycle.data.documents import Source
 from upcycle.data.images import ImageSet
 from upcycle.dense.subject import Subject
+from upcycle.errors import UpcycleError
 from upcycle.evaluation.batch_size import BatchSize
 from upcycle.evaluation.differences import Sums
 from upcycle.evaluation.features import features
@@ -21,6 +24,16 @@ from upcycle.evaluation.to_score import ToScore
 from upcycle.system import progress
 from upcycle.tasks._labelled import as_fitted
 from upcycle.tasks.image_classification import ImageClassification
+
+
+def refuse_shared(shots: Path, images: Path) -> None:
+    """Raise `UpcycleError` if a probe would be tested on images that it may be fitted on."""
+    file = leaks.shared(Source(path=str(shots)), Source(path=str(images)))
+    if file is not None:
+        raise UpcycleError(
+            f"--few-shot {shots} and --images {images} both have {file.name}, and a probe is not tested on "
+            f"what it is fitted on; give two sets that share no file"
+        )
 
 
 def score(

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import difflib
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,23 @@ _FOLDERS = {  # folders of the harness for these tasks, so that not all have to 
 }  # fmt: skip
 
 
-def score(
-    language: LanguageModel, names: tuple[str, ...], folder: Path | None, *, shots: int | None, limit: int
-) -> list[Result]:
-    """Score the model on the tasks `names` of the harness.
+@dataclass(frozen=True, kw_only=True)
+class Exam:
+    """Tasks with their data, which can be asked of several models, or of one several times."""
+
+    names: tuple[str, ...]  # what was asked for; none: all files of a folder
+    tasks: Mapping[str, Any]
+    paths: Mapping[str, Path]  # the local file of each task; none: the data are those of the hub
+    shots: int | None
+    limit: int
+
+
+def exam(names: tuple[str, ...], folder: Path | None, *, shots: int | None, limit: int) -> Exam:
+    """Return the tasks `names` of the harness with their data.
 
     The data come from local files in `folder`, or from the hub without a folder. `shots` is the number of
     examples before each question (None: what the task says). `limit` is the largest number of examples of a
-    task (0: all). If BLiMP is asked for as a whole, the mean over its paradigms comes last.
+    task (0: all). Raises `UpcycleError` for a task or an example that cannot be asked.
     """
     files = task_files.find(folder, names) if folder else []
     tasks = _local(files) if folder else _fetched(names)
@@ -51,6 +60,26 @@ def score(
         for name, task in tasks.items():
             _set_shots(task, shots)
             _refuse_odd(name, task, limit)
+    paths = {file.task: file.path for file in files}
+    return Exam(names=names, tasks=tasks, paths=paths, shots=shots, limit=limit)
+
+
+def refuse_unknown(names: Sequence[str]) -> None:
+    """Raise `UpcycleError` for a name that is no task of the harness. Nothing is fetched."""
+    manager = _manager(names)
+    for name in names:
+        _refuse_unknown(name, manager)
+
+
+def score(language: LanguageModel, asked: Exam) -> list[Result]:
+    """Score the model on an exam.
+
+    If BLiMP is asked for as a whole, the mean over its paradigms comes last.
+    """
+    tasks, limit = dict(asked.tasks), asked.limit
+    with _quiet():
+        for task in tasks.values():  # again, or a second model would see other examples before its questions
+            _set_shots(task, asked.shots)
         model = HarnessModel(language)
         with _said(f"the tasks {listed(sorted(tasks))} cannot be scored"):
             found = lm_eval.evaluate(model, {"tasks": tasks}, limit=limit or None, bootstrap_iters=0)
@@ -60,19 +89,18 @@ def score(
             f"is longer than the {language.length} tokens that the model reads at once; its first tokens are "
             f"left out, as the harness leaves out those of a context"
         )
-    paths = {file.task: file.path for file in files}
     settings = {"limit": limit}
     results = [
         _result(
             name,
             found,
-            {**(data_of(paths[name]) if folder else {"dataset": _dataset(task)}), **settings},
+            {**(data_of(asked.paths[name]) if asked.paths else {"dataset": _dataset(task)}), **settings},
             len(model.shortened.get(name, ())),
         )
         for name, task in tasks.items()
     ]
     paradigms = [result for result in results if result.name.startswith(f"{BLIMP}_")]
-    if not paradigms or (names and BLIMP not in names):
+    if not paradigms or (asked.names and BLIMP not in asked.names):
         return results
     shown = [replace(r, more={**r.more, "part_of": BLIMP}) if r in paradigms else r for r in results]
     return [*shown, _mean(BLIMP, paradigms, settings)]
@@ -166,7 +194,8 @@ def _fetched(names: tuple[str, ...]) -> dict[str, Any]:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UpcycleError(
                 f"the data set of the task {name} cannot be fetched ({reason}); with a network it comes "
-                f"by itself, without one put {name}.jsonl into a folder and give --task-files FOLDER"
+                f"by itself, without one put {name}.jsonl into a folder and give it as --task-files FOLDER, "
+                f"or in a run file as eval.task_files"
             ) from None
     return tasks
 

@@ -181,7 +181,8 @@ def _refuse_other_data(task: Task, architecture: str, asked: ToScore) -> None:
 def _refuse_missing(asked: ToScore) -> None:
     """Raise an error if a split, files of a task or lm-evaluation-harness are missing, before scoring.
 
-    Likewise for a separator or a field that none of the texts could have.
+    Likewise for a separator or a field that none of the texts could have, and for a probe that would be
+    tested on what it is fitted on.
     """
     for path in filter(None, (*asked.texts, asked.chats)):
         if (why := splits.mixed(splits.to_score(path))) is not None:
@@ -194,6 +195,8 @@ def _refuse_missing(asked: ToScore) -> None:
         task_files.find(asked.task_files, asked.tasks)
     if asked.superglue:
         text_to_text.files(asked.superglue)
+    if asked.shots and asked.images:
+        few_shot.refuse_shared(asked.shots, asked.images)
 
 
 def _on_images(judge: Judge, images: Path) -> Result:
@@ -209,9 +212,9 @@ def _on_texts(judge: Judge) -> list[Result]:
         scored = tasks.find("sft")().score(judge, _part(asked.chats))
         results.append(replace(scored, name=asked.chats.name))
     if asked.by_harness:
-        results += harness().score(
-            judge.language, asked.tasks, asked.task_files, shots=asked.num_fewshot, limit=asked.limit
-        )
+        theirs = harness()
+        exam = theirs.exam(asked.tasks, asked.task_files, shots=asked.num_fewshot, limit=asked.limit)
+        results += theirs.score(judge.language, exam)
     if asked.superglue:
         results += text_to_text.score(judge.language, asked.superglue, limit=asked.limit)
     return results

@@ -35,7 +35,10 @@ def find(folder: Path, names: tuple[str, ...]) -> list[TaskFile]:
     `blimp` is a folder with one file for each paradigm. Raises `UpcycleError` for a task without a file.
     """
     if not folder.is_dir():
-        raise UpcycleError(f"no folder {folder}; --task-files is a folder of files NAME.jsonl")
+        raise UpcycleError(
+            f"no folder {folder}; --task-files, or eval.task_files in a run file, is a folder of files "
+            f"NAME.jsonl"
+        )
     there = {path.stem: path for path in sorted(folder.glob("*.jsonl"))}
     there |= {f"{BLIMP}_{path.stem}": path for path in sorted((folder / BLIMP).glob("*.jsonl"))}
     if not there:
@@ -48,8 +51,8 @@ def find(folder: Path, names: tuple[str, ...]) -> list[TaskFile]:
         if not found:
             raise UpcycleError(
                 f"{folder} has no {name}.jsonl for the task {name}; it has files of "
-                f"{listed(sorted(there), 8)}. Put the file there, or leave out --task-files to fetch the "
-                "task's data set"
+                f"{listed(sorted(there), 8)}. Put the file there, or leave out --task-files (in a run file, "
+                f"eval.task_files) to fetch the task's data set"
             )
         wanted |= found
     return [TaskFile(task=task, path=path) for task, path in wanted.items()]

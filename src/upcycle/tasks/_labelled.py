@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from upcycle.data.texts import TextSet
     from upcycle.dense.subject import Subject
 
+Classes = int | tuple[str, ...]  # task.classes of a run; 0: none are set
 Set = TypeVar("Set", "ImageSet", "TextSet")
 
 
@@ -98,20 +99,16 @@ def refuse_unknown_ids(ids: np.ndarray, path: str, subject: Subject) -> None:
         )
 
 
-def as_the_head(found: Set, subject: Subject) -> Set:
+def as_the_head(found: Set, subject: Subject, classes: Classes) -> Set:
     """Return the examples with labels renumbered to the model's head.
 
     If both have class names, the names decide; capital letters in them do not count. Otherwise the numbers
     stay. So do numbers whose names are all foreign to the head, if it has as many classes; a warning says
-    what they become. Raises `UpcycleError` for more classes than the head has, or for a class that it does
-    not know.
+    what they become. `classes` are those of the run, if it gives the model a new head. Raises `UpcycleError`
+    for more classes than the head has, or for a class that it does not know.
     """
     if found.num_labels > subject.num_labels:
-        raise UpcycleError(
-            f"{found.name} has {found.num_labels} classes and the model's head {subject.num_labels} "
-            f"(id2label in config.json); give data of its classes, or in a run, set task.classes for a "
-            f"new head"
-        )
+        raise UpcycleError(_too_many(found, subject, classes))
     names, known = found.class_names, subject.class_names
     if not names or not known or names == known:
         return found
@@ -132,6 +129,28 @@ def as_the_head(found: Set, subject: Subject) -> Set:
         f"{found.name} has the class {odd!r}, and the model's head {_instead(odd, known)} (id2label in its "
         f"config.json); call the classes what it calls them, {without}or in a new run, set task.classes for "
         f"a new head"
+    )
+
+
+def _too_many(found: Labelled, subject: Subject, classes: Classes) -> str:
+    """Return a sentence about examples of more classes than the head has."""
+    if not classes:
+        return (
+            f"{found.name} has {found.num_labels} classes and the model's head {subject.num_labels} "
+            f"(id2label in config.json); give data of its classes, or in a run, set task.classes for a "
+            f"new head"
+        )
+    if isinstance(classes, int):
+        return (
+            f"{found.name} has {found.num_labels} classes and task.classes = {classes}; set it to "
+            f"{found.num_labels}, or give data of fewer classes"
+        )
+    known = {name.casefold() for name in classes}
+    lacking = [name for name in found.class_names if name.casefold() not in known]
+    which = f", and not {listed(lacking)}" if len(lacking) < len(found.class_names) else ""
+    return (
+        f"{found.name} has {found.num_labels} classes and task.classes names {len(classes)}{which}; name all "
+        f"of them in task.classes, or give data of fewer classes"
     )
 
 

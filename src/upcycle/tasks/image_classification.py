@@ -81,7 +81,7 @@ class ImageClassification(Task):
             progress.say(
                 f"{path}: {len(found.bad)} images cannot be read and are left out: {listed(list(found.bad))}"
             )
-        return found if any_classes else as_the_head(found, subject)
+        return found if any_classes else as_the_head(found, subject, self.classes)
 
     def augmentation(self, subject: Subject) -> Augment:
         """Return the augmentation with the mean and standard deviation that the model expects."""

@@ -71,7 +71,7 @@ class TextClassification(Task):
         )
         refuse_unknown_ids(found.ids, path, subject)
         _refuse_uneven_ends(found, subject)
-        return as_the_head(found, subject)
+        return as_the_head(found, subject, self.classes)
 
     def question(self, batch: Batch, subject: Subject, *, training: bool) -> Question:
         inputs = {"input_ids": batch["ids"], "attention_mask": batch["mask"]}

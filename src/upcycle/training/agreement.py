@@ -89,6 +89,16 @@ def of_first(find: Callable[[], T], ranks: Ranks) -> T:
     return cast(T, found)
 
 
+def first_alone(work: Callable[[], None], ranks: Ranks) -> None:
+    """Do `work` on the first rank, and then on the others, which may find there what it has fetched.
+
+    Raises the same `UpcycleError` on all ranks if one of them does.
+    """
+    of_first(work, ranks)
+    reason = None if ranks.first else tried(work, ranks.world)[1]
+    refuse_different(reason, (), ranks)
+
+
 def refuse_different(reason: str | None, prints: Sequence[Prints], ranks: Ranks) -> None:
     """Raise the same `UpcycleError` on all ranks if one has a reason, or sees other things than the first.
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
+from upcycle.training import agreement
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
 
@@ -18,7 +19,14 @@ class Examiner(ABC):
 
     @abstractmethod
     def refuse(self, run: Run, subject: Subject) -> None:
-        """Raise `UpcycleError` if the tasks cannot be asked, before the first step."""
+        """Raise `UpcycleError` if the tasks cannot be asked, as far as that is known without the hub."""
+
+    @abstractmethod
+    def prepare(self, run: Run, subject: Subject) -> None:
+        """Read the data of the tasks, before the first step; the hub's are fetched.
+
+        Raises `UpcycleError` if the tasks cannot be asked.
+        """
 
     @abstractmethod
     def score(self, model: PreTrainedModel, run: Run, subject: Subject, here: Ranks) -> Mapping[str, float]:
@@ -28,14 +36,25 @@ class Examiner(ABC):
         """
 
 
-def examiner_of(run: Run, given: Examiner | None, subject: Subject) -> Examiner | None:
-    """Return who examines the model of a run; None if nobody is asked to.
+def prepared(run: Run, given: Examiner | None, subject: Subject, here: Ranks) -> Examiner | None:
+    """Return who examines the model of a run, with the data of the tasks; None if nobody is asked to.
 
-    Raises `UpcycleError` if that is not possible.
+    Raises the same `UpcycleError` on all ranks if that is not possible.
     """
+    if (examiner := _asked(run, given)) is not None:
+        agreement.first_alone(lambda: examiner.prepare(run, subject), here)
+    return examiner
+
+
+def refuse(run: Run, given: Examiner | None, subject: Subject) -> None:
+    """Raise `UpcycleError` if the model of a run cannot be examined, see `Examiner.refuse`."""
+    if (examiner := _asked(run, given)) is not None:
+        examiner.refuse(run, subject)
+
+
+def _asked(run: Run, given: Examiner | None) -> Examiner | None:
     if not run.eval.tasks:
         return None
     if given is None:
         raise UpcycleError("eval.tasks are asked by `upcycle.train` and `upcycle train`; take one of them")
-    given.refuse(run, subject)
     return given

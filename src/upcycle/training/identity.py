@@ -13,6 +13,7 @@ _FREE_IN: Mapping[str, tuple[str, ...]] = {
     "data": ("cache",),
     "teacher": ("cache",),
 }
+ROWS_BEFORE_TOKENS = {"batch_size": "batch_tokens", "eval_examples": "eval_tokens"}  # keys of [train]
 
 
 def identity_of(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,7 +41,10 @@ def _kept(table: Mapping[str, Any]) -> dict[str, Any]:
     out = dict(table)
     for section, keys in _FREE_IN.items():
         out = _without(out, section, keys)
-    return out
+    train = out.get("train")
+    given = train if isinstance(train, dict) else {}
+    unread = [tokens for rows, tokens in ROWS_BEFORE_TOKENS.items() if given.get(rows) is not None]
+    return _without(out, "train", tuple(unread))
 
 
 def _without(table: Mapping[str, Any], section: str, keys: tuple[str, ...]) -> dict[str, Any]:

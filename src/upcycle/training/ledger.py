@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -95,17 +95,10 @@ class Ledger:
         """Take a step that was just queued, and the name of its stage, if the run has stages."""
         self._queue.append((queued, lr, stage))
 
-    def settle(
-        self,
-        *,
-        wait: bool,
-        judge: Callable[[], Score] | None = None,
-        examine: Callable[[], Mapping[str, float]] | None = None,
-    ) -> bool:
+    def settle(self, *, wait: bool, judge: Callable[[], Score] | None = None) -> bool:
         """Write the lines of the steps whose turn it is; with `wait`, of all.
 
-        `judge` scores the model for the line of the last of them, and `examine` on tasks. Returns whether a
-        rank was asked to stop.
+        `judge` scores the model for the line of the last of them. Returns whether a rank was asked to stop.
         Raises `UpcycleError` if the loss or a gradient of such a step was not finite.
         """
         stopping = False
@@ -118,9 +111,6 @@ class Ledger:
             if judge is not None and not self._queue:
                 self.score = judge()
                 record = replace(record, held_out_loss=self.score.loss, held_out_accuracy=self.score.accuracy)
-                self.begin()
-            if examine is not None and not self._queue:
-                record = replace(record, scores=examine())
                 self.begin()
             if outcome.finite:
                 self.loss = outcome.loss

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.system.signals import interrupting, noted
-from upcycle.training import agreement, beginning, parallel, recording, run_folder, stepping
-from upcycle.training.examining import Examiner, examiner_of
+from upcycle.training import agreement, beginning, examining, parallel, recording, run_folder, stepping
+from upcycle.training.examining import Examiner
 from upcycle.training.parallel import ranks
 from upcycle.training.run import Run
 
@@ -49,7 +49,7 @@ def train(
         )
         begun = agreement.agreed(mine, here)
         assert task is not None, "ranks agree on a start only if each has one"
-        examiner = examiner_of(run, examiner, begun.subject)
+        examiner = examining.prepared(run, examiner, begun.subject, here)
         folders = [opened.folder for opened in begun.checkpoints]
         stack.enter_context(interrupting(signal.SIGTERM))
         checkpoint = stack.enter_context(run_folder.claimed(run, folders, here, resume=resume))

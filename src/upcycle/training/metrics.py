@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,15 +53,27 @@ def _lines(path: Path) -> Iterator[tuple[StepMetrics | None, bytes]]:
                     yield None, line
 
 
-def _end_at(path: Path, last: int) -> int:
-    """Write a file anew without the steps after `last`; return the number of damaged lines, also left out."""
-    damaged = 0
+@dataclass(frozen=True)
+class _Written:
+    """The last line of the file: what it says, and the number of bytes before it."""
+
+    step: StepMetrics
+    begin: int
+
+
+def _end_at(path: Path, last: int) -> tuple[_Written | None, int]:
+    """Write a file anew without the steps after `last`; return its last line.
+
+    Damaged lines are left out as well; also returns their number.
+    """
+    written, size, damaged = None, 0, 0
     with whole_file.filling(path) as file:
         for step, line in _lines(path) if path.is_file() else ():
             damaged += step is None
             if step is not None and step.step <= last:
                 file.write(line)
-    return damaged
+                written, size = _Written(step, size), size + len(line)
+    return written, damaged
 
 
 class Metrics:
@@ -70,7 +83,8 @@ class Metrics:
         self.log, self.total, self.start = log, total, start
         # Steps after the checkpoint are run again, so drop their old lines.
         path = self._path = out / StepMetrics.FILE
-        if damaged := _end_at(path, start):
+        self._written, damaged = _end_at(path, start)
+        if damaged:
             lines = "1 line" if damaged == 1 else f"{damaged} lines"
             progress.warn(f"{lines} of {path.name} {'is' if damaged == 1 else 'are'} damaged and left out")
         self.file: IO[str] = path.open("a")
@@ -81,13 +95,42 @@ class Metrics:
             progress.work("training", "steps", total=total, done=start, every=log.every)
         )
 
-    def step(self, record: StepMetrics) -> None:
-        """Record one finished step."""
+    @property
+    def last(self) -> StepMetrics | None:
+        """The step of the last line; None if there is no line."""
+        return None if self._written is None else self._written.step
+
+    def _write(self, record: StepMetrics, begin: int | None = None) -> None:
+        """Write a line, in place of all after byte `begin` if one is given.
+
+        On a full disk it is lost, which ends no run.
+        """
+        self._written = None
         try:
+            if begin is not None:
+                self.file.truncate(begin)
+            place = self._path.stat().st_size
             self.file.write(json.dumps(record.as_table()) + "\n")
             self.file.flush()
         except OSError as error:
             self.warn(f"metrics of step {record.step} are lost: {error.strerror}")
+        else:
+            self._written = _Written(record, place)
+
+    def scored(self, scores: Mapping[str, float]) -> None:
+        """Add scores on tasks to the last line."""
+        if self._written is None:
+            return
+        record = replace(self._written.step, scores=scores)
+        self._write(record, self._written.begin)
+        for name, value in scores.items():
+            self.say(f"step {record.step}: {name} {value:.4f}")
+        for sink in self.sinks:
+            sink.log({f"eval/{name}": value for name, value in scores.items()}, step=record.step)
+
+    def step(self, record: StepMetrics) -> None:
+        """Record one finished step."""
+        self._write(record)
         done = record.step
         note = f"step {done}/{self.total}  loss {record.loss:.4f}  {count(record.tokens_per_s or 0)} tokens/s"
         if record.mfu is not None:
@@ -97,8 +140,6 @@ class Metrics:
             self.say(f"step {done}: {score(record.held_out_loss, record.held_out_accuracy)}")
         for layer in record.layers:
             self._watch(done, layer)
-        for name, value in (record.scores or {}).items():
-            self.say(f"step {done}: {name} {value:.4f}")
         flat = _numbers(record)
         shows = bool(record.layers and self.log.pictures) and (
             done % self.log.pictures == 0 or done == self.total
@@ -110,7 +151,7 @@ class Metrics:
     def go_back(self, step: int) -> None:
         """Drop the lines after `step`, because those steps are taken again."""
         self._shut()
-        _end_at(self._path, step)
+        self._written, _ = _end_at(self._path, step)
         self.file = self._path.open("a")
 
     def _watch(self, step: int, layer: LayerMetrics) -> None:
@@ -171,7 +212,6 @@ def score(loss: float, accuracy: float | None) -> str:
 def _numbers(record: StepMetrics) -> dict[str, float]:
     """Return the numbers of a step in a flat table, for dashboards."""
     flat = {k: v for k, v in record.as_table().items() if isinstance(v, (int, float))}
-    flat |= {f"eval/{name}": value for name, value in (record.scores or {}).items()}
     for layer in record.layers:
         place = f"layer_{layer.layer}" if layer.stack == "layers" else f"{layer.stack}_layer_{layer.layer}"
         flat |= {f"{place}/{k}": v for k, v in layer.as_table().items() if isinstance(v, float)}

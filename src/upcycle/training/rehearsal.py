@@ -30,6 +30,7 @@ from upcycle.training import (
     beginning,
     effort,
     enter,
+    examining,
     fake_rank,
     fit,
     gradients,
@@ -41,6 +42,7 @@ from upcycle.training import (
 )
 from upcycle.training.anatomy import Anatomy
 from upcycle.training.course import Course, Leg
+from upcycle.training.examining import Examiner
 from upcycle.training.fake_rank import Asked
 from upcycle.training.parallel import Ranks
 from upcycle.training.routing import Routers
@@ -95,7 +97,7 @@ class Rehearsal:
         return asdict(self)
 
 
-def rehearse(run: Run, world: int = 1) -> Rehearsal:
+def rehearse(run: Run, world: int = 1, examiner: Examiner | None = None) -> Rehearsal:
     """Build some ranks of a run in a world of so many processes, and simulate two steps of the first.
 
     Raises `UpcycleError` for what the run would refuse before its first step.
@@ -108,6 +110,7 @@ def rehearse(run: Run, world: int = 1) -> Rehearsal:
     task = beginning.admitted(run, begun)
     if wrong := beginning.first_refusals(run, begun, task):
         raise UpcycleError(wrong[0])
+    examining.refuse(run, examiner, begun.subject)
     layout = run.parallel.layout(world)
     lengths = task.lengths(run.train.sequence_length, begun.subject)
     precision = fit.precision(run)

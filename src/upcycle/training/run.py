@@ -23,7 +23,7 @@ from upcycle.recipe import Recipe
 from upcycle.settings import AtLeast, Settings, Within, families, parted, table_at
 from upcycle.tasks import Task
 from upcycle.training import optimizers, schedules, stages
-from upcycle.training.identity import identity_of
+from upcycle.training.identity import ROWS_BEFORE_TOKENS, identity_of
 from upcycle.training.optimizers import Optimizer
 from upcycle.training.schedules import Schedule
 from upcycle.training.sections import Eval, Log, Parallel, Saving, Spikes, Teacher
@@ -212,7 +212,9 @@ class Run(Settings):
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Run:
         """Read a run from the TOML file `path`, with `KEY=VALUE` overrides."""
-        return cls.of(settings.override(settings.read_toml(path, "run file", LAYOUT), overrides, LAYOUT))
+        table = settings.override(settings.read_toml(path, "run file", LAYOUT), overrides, LAYOUT)
+        _refuse_both(table)
+        return cls.of(table)
 
     @property
     def train_seed(self) -> int:
@@ -247,6 +249,19 @@ class Run(Settings):
     def identity(self) -> dict[str, Any]:
         """Return the settings that must match between a checkpoint and the run that resumes from it."""
         return identity_of(self.as_table())
+
+
+def _refuse_both(table: Mapping[str, Any]) -> None:
+    """Raise `UpcycleError` for a run file with a number of rows and one of tokens, of which rows decide.
+
+    Tables of records have both, because they have the defaults.
+    """
+    train = table_at(table.get("train", {}), "train")
+    for rows, tokens in ROWS_BEFORE_TOKENS.items():
+        if rows in train and tokens in train:
+            raise UpcycleError(
+                f"train.{rows} = {train[rows]} and train.{tokens} = {train[tokens]}; give one of them"
+            )
 
 
 def _together(train: Mapping[str, Any], parts: list[Any]) -> dict[str, Any]:

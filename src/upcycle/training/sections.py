@@ -84,7 +84,7 @@ class Log(Settings):
 class Eval(Settings):
     """Tasks of lm-evaluation-harness that the model is scored on while it is trained.
 
-    Processes that share the model all work on the same rows.
+    Before each score a checkpoint is written. Processes that share the model all work on the same rows.
     """
 
     section: ClassVar[str] = "eval"
@@ -120,11 +120,12 @@ class Spikes(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Saving(Settings):
-    """When checkpoints are written. The last one of a run always is."""
+    """When checkpoints are written. The last one of a run always is, and one before each score on tasks."""
 
     section: ClassVar[str] = "checkpoint"
 
-    every: Annotated[int, AtLeast(0)] = 500  # steps between checkpoints; 0: only the last
+    # steps between checkpoints; 0: only the last, and those before scores on tasks
+    every: Annotated[int, AtLeast(0)] = 500
     keep: Annotated[int, AtLeast(1)] = 2  # number of checkpoints to keep
     # whether the steps go on while a copy of the tensors is written, which takes memory of the host
     asynchronous: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -109,6 +109,8 @@ class Stepping:
 
     def go_on(self, stop: Sequence[int]) -> None:
         """Take the steps that are left, until `stop` holds a signal on some rank."""
+        if self._owes_an_exam():
+            self._examine()
         while self.state.step < self._run.train.total_steps:
             if self.state.step == self._leg.end:
                 self._next_stage()
@@ -121,6 +123,8 @@ class Stepping:
             if stopping and not due.last:
                 self._say(f"stopped by SIGTERM after step {self.state.step}; saved, go on with --resume")
                 break
+            if due.exam:
+                self._examine()
 
     def _next_stage(self) -> None:
         leg = self._course.at(self.state.step)
@@ -139,13 +143,25 @@ class Stepping:
         """Return what follows the next step."""
         run, done = self._run, self.state.step + 1
         last, ends = done == run.train.total_steps, done == self._leg.end
+        exam, every = self._exam_follows(done), run.checkpoint.every
         return Due(
             last=last,
             stage_ends=ends,
             score=self._rows.held_out is not None and (ends or done % run.train.eval_every == 0),
-            exam=self._examiner is not None and (last or done % run.eval.every == 0),
-            checkpoint=bool(run.checkpoint.every) and (ends or done % run.checkpoint.every == 0),
+            exam=exam,
+            checkpoint=exam or (bool(every) and (ends or done % every == 0)),
         )
+
+    def _exam_follows(self, done: int) -> bool:
+        """Return whether the model is scored on tasks after so many steps."""
+        run = self._run
+        return self._examiner is not None and (done == run.train.total_steps or done % run.eval.every == 0)
+
+    def _owes_an_exam(self) -> bool:
+        """Return whether the run ended after a step was saved and before its scores on tasks were there."""
+        last = None if self._log is None else self._log.last
+        here = last is not None and last.step == self.state.step and last.scores is None
+        return self._exam_follows(self.state.step) and bool(self.trainee.ranks.share(here))
 
     def _queue(self, stop: Sequence[int]) -> None:
         """Queue the next step."""
@@ -159,22 +175,32 @@ class Stepping:
 
     def _settle(self, due: Due) -> bool:
         """Write the lines of the steps whose turn it is; return whether a rank was asked to stop."""
-        judge = examine = None
+        judge = None
         if due.score and self._rows.held_out is not None:
             judge = functools.partial(held_out.score, self.trainee, self._rows.held_out)
-        if due.exam and self._examiner is not None:
-            examine = functools.partial(self._examined, self._examiner)
-        stopping = self._book.settle(wait=due.waits, judge=judge, examine=examine)
+        stopping = self._book.settle(wait=due.waits, judge=judge)
         if stopping or self._book.bad is not None:
             self._book.settle(wait=True)
         return stopping
 
-    def _examined(self, examiner: Examiner) -> Mapping[str, float]:
-        """Return the scores on tasks. Flash attention takes no float32, so it is asked in 16 bits."""
+    def _examine(self) -> None:
+        """Add the scores on tasks to the line of the last step, which is saved: they may end the run.
+
+        Flash attention takes no float32, so it is asked in 16 bits.
+        """
         trainee = self.trainee
         narrow = trainee.autocast() if packing.reads_borders(trainee.model) else nullcontext()
-        with narrow:
-            return examiner.score(trainee.model, self._run, trainee.start.subject, trainee.ranks)
+        assert self._examiner is not None
+        try:
+            with narrow:
+                scores = self._examiner.score(trainee.model, self._run, trainee.start.subject, trainee.ranks)
+        except UpcycleError as error:
+            raise UpcycleError(
+                f"step {self.state.step} cannot be scored on tasks: {error}; change [eval], "
+                f"or take its tasks out, and go on with --resume"
+            ) from error
+        if self._log is not None:
+            self._log.scored(scores)
 
     def _go_back(self, harmful: int) -> bool:
         """Go back to the newest checkpoint and leave out batch number `harmful`.
