@@ -15,7 +15,8 @@ from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.dtypes import ITEMS, TORCH_NAMES
 from upcycle.checkpoints.hub import open_checkpoint
 from upcycle.dense import mixtures, places
-from upcycle.dense.admission import admit, has_experts, refuse_packed, refuse_quantised, that_find
+from upcycle.dense.admission import admit, has_experts, refuse_packed, refuse_quantised
+from upcycle.dense.leaving_out import that_find
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError, listed, shown
 from upcycle.families._wrappers import TEXT, config_key

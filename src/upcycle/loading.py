@@ -21,7 +21,7 @@ from upcycle.blueprints.making import blueprint
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.dtypes import BY_TORCH_NAME, FLOATS, TORCH_NAMES
 from upcycle.conversion import generation_settings
-from upcycle.dense.admission import refuse_two_heads
+from upcycle.dense.twins import refuse_two_heads
 from upcycle.errors import UpcycleError
 from upcycle.recipe import Recipe, RecipeLike
 from upcycle.sharding import placement

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from upcycle.dense.admission import dropped, refuse_other_shapes, refuse_surplus
+from upcycle.dense.due import refuse_other_shapes, refuse_surplus
+from upcycle.dense.leaving_out import dropped
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError, listed
 from upcycle.families import Config, Stack

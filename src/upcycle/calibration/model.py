@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
-from upcycle.dense.admission import drops_head
+from upcycle.dense.leaving_out import drops_head
 from upcycle.dense.source import Dense
 from upcycle.hf import models, opening
 from upcycle.hf.quiet import quiet

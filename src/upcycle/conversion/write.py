@@ -32,7 +32,7 @@ from upcycle.conversion.journal import JOURNAL, Journal
 from upcycle.conversion.shard_files import ShardFiles
 from upcycle.conversion.source_hashes import SourceHashes, sources
 from upcycle.conversion.syncing import Syncing
-from upcycle.dense.admission import refuse_two_heads
+from upcycle.dense.twins import refuse_two_heads
 from upcycle.errors import UpcycleError
 from upcycle.recipe import RecipeLike
 from upcycle.records.provenance import Provenance

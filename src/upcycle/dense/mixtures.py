@@ -13,14 +13,9 @@ from typing import Any, ClassVar
 
 from upcycle import families, targets
 from upcycle.checkpoints.checkpoint import Checkpoint
-from upcycle.dense.admission import (
-    dropped,
-    has_experts,
-    kept,
-    refuse_other_shapes,
-    refuse_surplus,
-    refuse_unsound,
-)
+from upcycle.dense.admission import has_experts, refuse_unsound
+from upcycle.dense.due import refuse_other_shapes, refuse_surplus
+from upcycle.dense.leaving_out import dropped, kept
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError, shown
 from upcycle.families import Config, Stack, Weights

@@ -21,7 +21,8 @@ from upcycle import tasks
 from upcycle.checkpoints import hub
 from upcycle.checkpoints.checkpoint import Checkpoint, read_json
 from upcycle.data import corpus, splits
-from upcycle.dense.admission import admit, drops_head, that_find
+from upcycle.dense.admission import admit
+from upcycle.dense.leaving_out import drops_head, that_find
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
 from upcycle.evaluation import few_shot, task_files, text_to_text

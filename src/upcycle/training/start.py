@@ -22,9 +22,10 @@ from upcycle.blueprints.cost import flops_per_row, plan_of
 from upcycle.blueprints.making import blueprint
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.hub import Opener, open_checkpoint
-from upcycle.dense.admission import admit, refuse_two_heads
+from upcycle.dense.admission import admit
 from upcycle.dense.source import Dense
 from upcycle.dense.subject import Subject
+from upcycle.dense.twins import refuse_two_heads
 from upcycle.errors import UpcycleError
 from upcycle.families import Family, _stacks
 from upcycle.families._training import trained

@@ -12,7 +12,7 @@ from pathlib import Path
 from upcycle.blueprints.making import blueprint
 from upcycle.checkpoints.checkpoint import Checkpoint, TwoSetsError
 from upcycle.checkpoints.hub import open_checkpoint
-from upcycle.dense.admission import refuse_two_heads
+from upcycle.dense.twins import refuse_two_heads
 from upcycle.errors import UpcycleError
 from upcycle.recipe import Recipe
 from upcycle.records.provenance import Provenance

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from upcycle.blueprints import stored_types
 from upcycle.blueprints.blueprint import Blueprint
-from upcycle.dense.admission import drops_head
+from upcycle.dense.leaving_out import drops_head
 from upcycle.errors import UpcycleError
 from upcycle.system import memory
 from upcycle.system.wording import size

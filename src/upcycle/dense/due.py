@@ -1,0 +1,127 @@
+"""The stored tensors beside those that are due by config.json: missing ones, other shapes, a surplus."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from upcycle import families
+from upcycle.checkpoints import mistaken
+from upcycle.checkpoints.checkpoint import Checkpoint
+from upcycle.checkpoints.header import TensorInfo
+from upcycle.dense import places
+from upcycle.dense.leaving_out import without
+from upcycle.dense.places import Place
+from upcycle.errors import UpcycleError, listed, shown
+from upcycle.families import Config, Family
+from upcycle.families._names import spelled
+from upcycle.families._wrappers import VISION, config_key
+
+
+def check(
+    checkpoint: Checkpoint, stored: Mapping[str, TensorInfo], family: Family, config: Config, place: Place
+) -> dict[str, str]:
+    """Compare the headers with what the config promises; return the tensors that may be left out, and why."""
+    mine = {name: own for name in stored if (own := place.own(name)) is not None}
+    found = {own: stored[name] for name, own in mine.items()}
+    where, expected = checkpoint.folder, place.shapes(family, config)
+    expected |= {n: weight.shape for n, weight in family.optional(config).items() if n in found}
+    expected |= {name: info.shape for name, info in found.items() if family.unlisted(config, name)}
+    for name in family.may_lack(config) - found.keys():
+        del expected[name]
+    left_out = {}
+    surplus = []
+    for name in stored:
+        own = mine.get(name)
+        if own in expected:
+            continue
+        if (reason := _spared(family, config, place, name, own)) is not None:
+            left_out[name] = reason
+        elif own is not None:
+            surplus.append(name)
+    if surplus and (said := mistaken.heads(surplus)):
+        raise UpcycleError(f"{where}: {said}, or {without(checkpoint, 'these tensors')}")
+    refuse_other_shapes(where, expected, {name: (info.name, info.shape) for name, info in found.items()})
+    refuse_surplus(checkpoint, surplus, family.model_type)
+    return left_out
+
+
+def check_around(checkpoint: Checkpoint, stored: Mapping[str, TensorInfo], place: Place) -> None:
+    """Refuse a value head around a text model, and a vision tower of other shapes than its config has.
+
+    All else around it is taken as it is: no family knows the class of the whole model. A tower is compared if
+    it is of a known family and all its names are there, because a model may do without its last blocks.
+    """
+    raw = checkpoint.config
+    around = [name for name in stored if place.own(name) is None]
+    if said := mistaken.beside(around):
+        raise UpcycleError(f"{checkpoint.folder}: {said}, or {without(checkpoint, 'these tensors')}")
+    wrapper = places.wrapper_of(raw)
+    if wrapper is None or not wrapper.vision or not isinstance(raw.get(config_key(VISION)), Mapping):
+        return
+    own = places.own_config(raw, VISION)
+    if own["model_type"] not in families.names() or not families.find(own["model_type"]).sees:
+        return
+    family = families.find(own["model_type"])
+    tower = places.Tower(model_type=str(raw["model_type"]), wrapper=wrapper, text=None)
+    try:
+        refuse_more_blocks(checkpoint.folder, len(around), family, own)
+        expected = family.shapes(family.config(tower.config(raw)))
+    except UpcycleError:  # it stays as it is, so that it need not be one that could have experts
+        return
+    for names in spelled(family, expected, around):
+        found = {known: stored[name] for name in around if (known := names.own(name)) is not None}
+        there = {name: shape for name, shape in expected.items() if name in found}
+        refuse_other_shapes(
+            checkpoint.folder, there, {name: (info.name, info.shape) for name, info in found.items()}
+        )
+
+
+def refuse_more_blocks(where: Path, tensors: int, family: Family, own: Mapping[str, Any]) -> None:
+    """Refuse a config with more blocks than there are tensors, before the blocks are enumerated.
+
+    Every block has tensors of its own.
+    """
+    for key in family.counts:
+        count = own.get(key)
+        if isinstance(count, int) and count > tensors:
+            raise UpcycleError(
+                f"{where}/config.json: {key} = {shown(count)}, and its files hold only {tensors} "
+                f"tensors; give the config that belongs to these weights"
+            )
+
+
+def refuse_other_shapes(
+    where: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> None:
+    """Refuse tensors that are missing, empty, or not of the shape that config.json says.
+
+    `found` has the name on disk and the shape of each tensor, by the name that `expected` has.
+    """
+    if missing := [name for name in expected if name not in found]:
+        raise UpcycleError(f"{where} lacks {listed(missing)}, which its config.json calls for")
+    if said := mistaken.empty({name: found[name][1] for name in expected}):
+        raise UpcycleError(f"{where}: {said}")
+    for name, shape in expected.items():
+        stored, own = found[name]
+        if own != shape:
+            raise UpcycleError(f"{where}: {stored} has shape {list(own)} and config.json says {list(shape)}")
+
+
+def refuse_surplus(checkpoint: Checkpoint, surplus: list[str], model_type: str) -> None:
+    """Refuse tensors that a model of this config does not have."""
+    if surplus:
+        raise UpcycleError(
+            f"{checkpoint.folder} holds {listed(surplus)}, which a {model_type} of this config does not "
+            f"have; nothing is dropped in silence, so {without(checkpoint, 'them')}"
+        )
+
+
+def _spared(family: Family, config: Config, place: Place, name: str, own: str | None) -> str | None:
+    """Return why a stored tensor that the model does not have may be left out, or None if it may not."""
+    if own is None:
+        return place.set_aside(name) or family.ignored(name)
+    if family.tied and own == family.tied[0] and config["tie_word_embeddings"]:
+        return f"tied to {family.tied[1]} by the config"
+    return family.ignored(own)
