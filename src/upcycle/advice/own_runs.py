@@ -233,6 +233,7 @@ MEASURED = (
     Measured(CODE, 160, "drop_0.5", -0.0552, 0.0034, 0.09, 0.13),
     Measured(CODE, 320, "virtual_group", -0.0902, 0.0009, 0.04, 0.07),
     Measured(CODE, 320, "shuffle_slice", -0.1044, 0.0019, 0.04, 0.07),
+    Measured(CODE, 320, "copy", -0.0577, 0.0051, None, 0.04),
     Measured(VISION, 70, "expert_choice_1", +0.0072, 0.0026, 0.30, None),
     Measured(VISION, 70, "expert_choice_2", +0.0028, 0.0026, 0.28, None),
     Measured(VISION, 70, "virtual_group", -0.0074, 0.0026, 0.02, 0.30),
