@@ -480,7 +480,7 @@ def test_losses_of_a_group_of_padding_alone():
     assert torch.allclose(gradient, wanted, rtol=1e-12, atol=0)
     for name in ("importance", "load"):
         assert some.losses[name].item() == pytest.approx(others.losses[name].item(), rel=1e-12)
-    counted = [_output(moe.router, routing).tallies()[-1].item() for routing in (some, others)]
+    counted = [_output(moe.router, routing, None).tallies()[-1].item() for routing in (some, others)]
     assert counted == [2, 2]
 
 

@@ -246,7 +246,8 @@ def test_images_are_learned_and_scored(data, tmp_path):
             right += int(model(pixel_values=(pixels - 0.5) / 0.5).logits.argmax()) == int(path.parent.name)
     assert scores["accuracy"] == right / 48
     assert scores["examples"] == 48
-    probe = evaluate(out, ToScore(images=data / "images", shots=data / "images"))["few_shot"]
+    shots = Path(shutil.copytree(data / "images", tmp_path / "shots"))
+    probe = evaluate(out, ToScore(images=data / "images", shots=shots))["few_shot"]
     assert probe["accuracy"] == 1.0
     assert len(probe["accuracies"]) == 5
 

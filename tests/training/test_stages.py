@@ -595,7 +595,10 @@ def test_one_rank_looks_for_rows_that_are_trained_on(trainable, tmp_path, monkey
     """To compare folders takes long; the others are told."""
     monkeypatch.setattr(leaks, "later", lambda *_: pytest.fail("another rank looks as well"))
     run = Run.of(table(trainable, tmp_path / "run", train={"steps": 1}))
-    begun, other = start.start_of(run), SimpleNamespace(first=False, share=lambda _: ["it is trained on"])
+    begun, other = (
+        start.start_of(run),
+        SimpleNamespace(first=False, share=lambda _: (["it is trained on"], None)),
+    )
     task = beginning.admitted(run, begun)
     with pytest.raises(UpcycleError, match="it is trained on"):
         beginning._warn(run, run, begun, task, other, begins=True)
