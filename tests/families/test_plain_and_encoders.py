@@ -273,3 +273,12 @@ def test_a_tied_tensor_that_is_stored_is_left_out_if_it_is_the_same(architecture
         with pytest.raises(UpcycleError, match=f"stores an {re.escape(name)} that differs from"):
             convert(source, tmp_path / "other", recipe)
         save_file(kept, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("named", ["CLIPForImageClassification", "CLIPVisionModelWithProjection"])
+def test_one_encoder_of_two_is_refused_by_its_class(named, tmp_path):
+    source = tiny.make(tmp_path / "dense", "CLIPModel")
+    path = source / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": [named]}))
+    with pytest.raises(UpcycleError, match=f"names the class {named}, which has one of the two encoders"):
+        blueprint(source, Recipe.of(moe={"num_experts": 2, "target": "upcycled"}))

@@ -30,6 +30,7 @@ class DualEncoder(Trained):
 
     def config(self, raw: Mapping[str, Any]) -> Config:
         check(self.model_type, raw)
+        self._refuse_one_encoder(raw)
         config: Config = {**self.defaults, **raw}
         for tower in TOWERS:
             given = raw.get(f"{tower}_config") or {}
@@ -45,6 +46,15 @@ class DualEncoder(Trained):
         config["tie_word_embeddings"] = False
         config["architectures"] = None
         return config
+
+    def _refuse_one_encoder(self, raw: Mapping[str, Any]) -> None:
+        """Refuse a class of one of the encoders, alone or with a head."""
+        (whole,), named = self.architectures, (raw.get("architectures") or [""])[0]
+        if named != whole and named.startswith(whole.removesuffix("Model")):
+            raise UpcycleError(
+                f"config.json names the class {named}, which has one of the two encoders; of "
+                f"{self.model_type}, upcycle takes {whole}"
+            )
 
     @abc.abstractmethod
     def outside(self, config: Config) -> Weights:
