@@ -591,6 +591,28 @@ def test_a_stage_is_not_scored_on_what_an_earlier_one_trained_on(trainable, tmp_
     assert re.search(said, caplog.text)
 
 
+def test_anchors_are_the_experts_of_the_source(dense, tmp_path):
+    """Two of four experts, beside two of a donor; a run of copies alone has none."""
+    init = {"name": "experts", "expert": [{}, {"source": str(dense("llama", seed=1))}]}
+    moe = {**MOE, "num_experts": 4}
+
+    def frozen(**changes) -> dict[str, frozenset[int]]:
+        data = {"sources": [{"path": "x"}]}
+        train = {"steps": 1, "freeze": ["anchors"]}
+        run = Run.of({"source": str(dense("llama")), "out": str(tmp_path / "out"), "data": data, "moe": moe,
+                      "train": train, "schedule": {"peak": 1.0}, **changes})  # fmt: skip
+        begun = start.start_of(run)
+        model = start.model_of(begun, run, HERE, "float32")
+        anatomy = enter.anatomy_of(Course(run), begun, model, Routers.of(model))
+        assert anatomy is not None
+        return dict(anatomy.chosen(None, run.train.freeze))
+
+    for name, numbers in frozen(init=init).items():
+        assert numbers == ({2, 3} if ".experts." in name else {0}), name
+    with pytest.raises(UpcycleError, match=r"names anchors, and no expert .* such as experts\[0\]"):
+        frozen()
+
+
 def test_one_rank_looks_for_rows_that_are_trained_on(trainable, tmp_path, monkeypatch):
     """To compare folders takes long; the others are told."""
     monkeypatch.setattr(leaks, "later", lambda *_: pytest.fail("another rank looks as well"))

@@ -24,6 +24,7 @@ from upcycle.training.moe_layers import ExpertStack
 from upcycle.training.routing import Routers
 
 _EXPERTS = re.compile(r"experts\[([\d,\s-]+)\]")  # experts[0], experts[1,3], experts[2-5]
+_ANCHORS = "anchors"
 _PATTERN = re.compile(r"[.*?\[\]]")  # what the name of a part never has
 
 Members = Mapping[str, frozenset[int]]
@@ -38,6 +39,7 @@ class Anatomy:
     family: Trained
     stacks: tuple[Stack, ...]
     routers: Routers | None
+    anchors: frozenset[int] = frozenset()  # the numbers of the experts that began as the source's own network
 
     def chosen(self, only: tuple[str, ...] | None, freeze: tuple[str, ...] | None) -> Members:
         """Return what is trained: `only` (None: everything), less `freeze`, and what no text reaches.
@@ -102,6 +104,8 @@ class Anatomy:
         """Return the parameters that a name in `key` stands for."""
         if (some := _EXPERTS.fullmatch(given)) is not None:
             return self._some_experts(key, given, some.group(1))
+        if given == _ANCHORS:
+            return self._anchors(key)
         if given in _PARTS:
             names = set(_PARTS[given](self))
         elif _PATTERN.search(given):
@@ -109,7 +113,7 @@ class Anatomy:
         else:
             raise UpcycleError(
                 f"{key} names {given!r}, which is no part of a model and no pattern such as "
-                f"*.layers.0.*{nearest(given, _PARTS)}"
+                f"*.layers.0.*{nearest(given, [*_PARTS, _ANCHORS])}"
             )
         found = {name: numbers for name, numbers in self.everything.items() if name in names}
         if not found:
@@ -121,6 +125,14 @@ class Anatomy:
             return f"{key} names {given}, which this model does not have; it has {listed(self.found(), 9)}"
         examples = listed(sorted(self.everything)[:3])
         return f"{key} = {given!r} matches no parameter of this model; names are like {examples}"
+
+    def _anchors(self, key: str) -> Members:
+        if not self.anchors:
+            raise UpcycleError(
+                f"{key} names {_ANCHORS}, and no expert that this run makes is the source's own network "
+                f"beside those of others; give experts by their numbers, such as experts[0]"
+            )
+        return self._some_experts(key, _ANCHORS, ",".join(map(str, sorted(self.anchors))))
 
     def _some_experts(self, key: str, given: str, text: str) -> Members:
         if not self.stacked:

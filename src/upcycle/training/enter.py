@@ -36,10 +36,18 @@ def anatomy_of(
         family=trained(begun.dense.family, "train.only and train.freeze"),
         stacks=begun.dense.stacks,
         routers=routers,
+        anchors=_anchors(begun),
     )
     for leg in named:
         anatomy.chosen(leg.run.train.only, leg.run.train.freeze)
     return anatomy
+
+
+def _anchors(begun: Start) -> frozenset[int]:
+    if begun.built is None:
+        return frozenset()
+    recipe = begun.built.recipe
+    return recipe.init.anchors(recipe.moe.num_experts)
 
 
 def first(

@@ -58,8 +58,9 @@ class Train(Settings):
     # dropout after the experts' activation; None: as in config.json
     expert_dropout: Annotated[float, Within("[0, 1)")] | None = None
     expert_output_dropout: Annotated[float, Within("[0, 1)")] = 0.0  # dropout on the experts' output
-    # what is trained: router, experts, experts[0,2-3], shared_expert, network (without experts), attention,
-    # norms, embeddings, head, or patterns of parameter names (*.layers.0.*); none: everything
+    # what is trained: router, experts, experts[0,2-3], anchors (experts that are the source's own network),
+    # shared_expert, network (without experts), attention, norms, embeddings, head, or patterns of parameter
+    # names (*.layers.0.*); none: everything
     only: tuple[str, ...] | None = None
     freeze: tuple[str, ...] | None = None  # what is not trained, in the same words; it goes over `only`
     clip_grad_norm: Annotated[float, AtLeast(0)] = 1.0  # largest norm of the gradient; 0: no clipping
