@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 import upcycle
 from marks import sampled
-from upcycle import Recipe, UpcycleError, blueprint, convert, verify
+from upcycle import Recipe, UpcycleError, blueprint, convert, plan, verify
 
 MOE = Recipe.of(moe={"num_experts": 2, "target": "upcycled"}, router={"std": 0.5})
 
@@ -84,6 +84,9 @@ def bare(prefix):
 CASES |= {
     "all-mpnet-base-v2": ("MPNetForMaskedLM", bare("mpnet."), {}, "UpcycledMPNetModel"),
     "all-distilroberta-v1": ("RobertaForMaskedLM", bare("roberta."), {}, "UpcycledRobertaModel"),
+    "the body of a DINOv2": (
+        "Dinov2ForImageClassification", bare("dinov2."), {}, "UpcycledDinov2Model",
+    ),
     "a body with its prefix": (
         "BertForMaskedLM", None, {"architectures": ["BertModel"]}, "UpcycledBertModel",
     ),
@@ -180,3 +183,14 @@ def test_what_is_dropped_is_not_looked_at(case, dense, tmp_path):
     assert verify(source, tmp_path / "moe", logits=False).holds
     found, due = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("moe", "plain"))
     assert found == due
+
+
+def test_a_body_without_its_head_is_named(tmp_path):
+    """A BART's head is the table of its body, so that nothing would be missing, and it is refused."""
+    made = tiny.make(tmp_path / "made", "MPNetForMaskedLM")
+    source = edited(made, tmp_path / "dense", bare("mpnet."))
+    assert any("the result is a MPNetModel, without a head" in said for said in plan(source, MOE).warnings)
+    assert not any("without a head" in said for said in plan(made, MOE).warnings)
+    whole = tiny.make(tmp_path / "whole", "BartForConditionalGeneration")
+    with pytest.raises(UpcycleError, match=r"lacks model\."):
+        plan(edited(whole, tmp_path / "bart", bare("model.")), MOE)

@@ -256,6 +256,8 @@ STORED_TWICE = {  # tensors that the class ties to others
     "BartForConditionalGeneration": ("model.decoder.embed_tokens.weight", "lm_head.weight"),
 }
 
+HEADS = ("cls.predictions.decoder.weight", "lm_head.decoder.weight", "lm_head.weight")
+
 
 @pytest.mark.parametrize("architecture", STORED_TWICE)
 def test_a_tied_tensor_that_is_stored_is_left_out_if_it_is_the_same(architecture, tmp_path):
@@ -270,8 +272,13 @@ def test_a_tied_tensor_that_is_stored_is_left_out_if_it_is_the_same(architecture
         assert name in blueprint(source, recipe).left_out
         assert convert(source, tmp_path / name, recipe).preserves_function
         save_file({**kept, name: whole[name] + 1}, file, {"format": "pt"})
-        with pytest.raises(UpcycleError, match=f"stores an {re.escape(name)} that differs from"):
+        with pytest.raises(UpcycleError, match=f"stores an {re.escape(name)} that differs from") as said:
             convert(source, tmp_path / "other", recipe)
+        assert ("set tie_word_embeddings" in str(said.value)) == (name in HEADS)
+        dropped = Recipe.of(moe={"num_experts": 2, "target": "upcycled"}, drop=[name])
+        convert(source, tmp_path / f"{name} dropped", dropped)
+        proof = verify(source, tmp_path / f"{name} dropped")
+        assert proof.holds, proof.checks
         save_file(kept, file, {"format": "pt"})
 
 

@@ -659,7 +659,9 @@ def test_two_heads(dense, fails, tmp_path):
     source = Path(shutil.copytree(dense("llama", tie_word_embeddings=True), tmp_path / "source"))
     edit_tensors(source, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
     said = fails("convert", source, tmp_path / "out")
-    assert "differs from model.embed_tokens.weight, to which" in said
+    assert (
+        "differs from model.embed_tokens.weight, to which its class ties it; set tie_word_embeddings" in said
+    )
     assert "leave lm_head.weight out (drop, or --drop lm_head.weight)" in said
     donor = f'init.sources=["{source}"]'
     tied = dense("llama", tie_word_embeddings=True)

@@ -6,7 +6,7 @@ from upcycle.blueprints import spared
 from upcycle.blueprints.blueprint import Blueprint
 from upcycle.checkpoints.dtypes import BY_TORCH_NAME, FLOATS
 from upcycle.dense.adapted import Adapted
-from upcycle.dense.places import Alone, Part
+from upcycle.dense.places import Alone, Body, Part
 from upcycle.errors import listed, shown
 from upcycle.families._wrappers import VISION
 from upcycle.init import Site
@@ -109,6 +109,12 @@ def _of_part(built: Blueprint) -> list[str]:
         out.append(
             f"{odd}: transformers' default kernel for experts refuses that, so they run one after another, "
             f'which is slower (experts_implementation="eager")'
+        )
+    if isinstance(place := built.dense.place, Body):
+        named = built.source.config["architectures"][0]
+        out.append(
+            f"config.json names {named}, and only its body is stored: the result is a {place.named}, without "
+            f"a head"
         )
     if built.config.get("use_cache") is False:
         out.append(

@@ -31,7 +31,13 @@ _SILENT = frozenset(
     "hidden_dropout_prob attention_probs_dropout_prob dropout_rate residual_dropout".split()
 )
 # Keys of the config around a part that say nothing of it, besides those.
-_SILENT_AROUND = _SILENT | {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+_SILENT_AROUND = _SILENT | frozenset(
+    "architectures auto_map dtype torch_dtype transformers_version model_name ignore_index return_dict "
+    "output_attentions output_hidden_states torchscript dropout activation_dropout hidden_dropout "
+    "layerdrop".split()
+)
+# What the names of keys begin with that programs leave for themselves.
+_NOTES = ("_", "unsloth_", "transformers.js")
 # Keys that a donor may have otherwise, because the result has the source's; a plan says which.
 _SAID = frozenset(
     "max_position_embeddings original_max_position_embeddings bos_token_id eos_token_id pad_token_id "
@@ -208,8 +214,14 @@ def _differing_around(source: Dense, donor: Dense, part: str) -> dict[str, str]:
     return {
         key: f"{shown(theirs[key])} and {shown(value)}"
         for key, value in mine.items()
-        if key in theirs and theirs[key] != value and key.rpartition(".")[2] not in _SILENT_AROUND
+        if key in theirs and theirs[key] != value and not _is_silent(key)
     }
+
+
+def _is_silent(path: str) -> bool:
+    """Return whether the setting at the path of its keys says nothing of what the weights mean."""
+    keys = path.split(".")
+    return keys[-1] in _SILENT_AROUND or any(key.startswith(_NOTES) for key in (path, *keys))
 
 
 def _leaves(config: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

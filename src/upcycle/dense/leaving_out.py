@@ -43,6 +43,16 @@ def drops_head(dense: Dense) -> bool:
     )
 
 
+def dropped_twins(dense: Dense) -> dict[str, str]:
+    """Return the other tensors that the recipe drops and that the class ties, with what takes their place."""
+    head = dense.family.tied[0] if dense.family.tied else ""
+    return {
+        twin: other
+        for twin, other in dense.family.twins(dense.config).items()
+        if twin != head and dense.left_out.get(twin, "").startswith(DROPPED)
+    }
+
+
 def without(opened: Checkpoint, what: str, name: str = "NAME") -> str:
     """Say how tensors of a checkpoint are left out, which are called `what` in the sentence."""
     if opened.label in _DROPPING:

@@ -14,18 +14,23 @@ from upcycle.errors import UpcycleError
 def refuse_two_heads(dense: Dense) -> None:
     """Refuse a config that ties a head although a head with other values is stored, which is ambiguous.
 
-    transformers 5 keeps the two apart if they differ. A head that the recipe drops is not asked about. This
-    reads both tensors, and asks nothing about a checkpoint of headers alone.
+    transformers 5 keeps the two apart if they differ. It is the same for other tensors that a class ties. A
+    tensor that the recipe drops is not asked about. This reads both tensors, and asks nothing about a
+    checkpoint of headers alone.
     """
     opened = dense.checkpoint
+    if opened.headers_only:
+        return
     for names in dense.family.twins(dense.config).items():
-        head, other = map(dense.place.names.stored, names)
-        if dense.left_out.get(head, DROPPED).startswith(DROPPED) or opened.headers_only:
+        twin, other = map(dense.place.names.stored, names)
+        if other not in opened.tensors or dense.left_out.get(twin, DROPPED).startswith(DROPPED):
             continue
-        if not _same(opened, opened.tensors[head], opened.tensors[other]):
+        if not _same(opened, opened.tensors[twin], opened.tensors[other]):
+            is_head = not twin.endswith((".bias", ".embed_tokens.weight"))
+            untie = "set tie_word_embeddings to false in config.json, or " if is_head else ""
             raise UpcycleError(
-                f"{opened.folder} stores an {head} that differs from {other}, to which its config ties it; "
-                f"set tie_word_embeddings to false in config.json, or {without(opened, head, head)}"
+                f"{opened.folder} stores an {twin} that differs from {other}, to which its class ties it; "
+                f"{untie}{without(opened, twin, twin)}"
             )
 
 

@@ -95,7 +95,7 @@ class Encoder(Trained):
     def body_class(self, config: Config, stored: Collection[str]) -> str | None:
         base = self.base(config)
         heads = tuple(start for start in self.heads if start != self.pooler)
-        if not base or any(name.startswith((base, *heads)) for name in stored):
+        if not base or any(name.startswith((base, *heads)) for name in {*stored} - self.body(config).keys()):
             return None
         return self.architectures[0]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 from upcycle.errors import UpcycleError
@@ -58,6 +58,11 @@ class Seq2Seq(Encoder):
     def unlisted(self, config: Config, name: str) -> bool:
         body = tuple(self.base(config) + part for part in ("shared.", "encoder.", "decoder."))
         return config["architectures"][0] not in self.architectures and not name.startswith(body)
+
+    def body_class(self, config: Config, stored: Collection[str]) -> str | None:
+        """Return None for a class whose head is the table of the body, so that nothing of it is missing."""
+        whole = config["architectures"][0] in self.architectures and config["tie_word_embeddings"]
+        return None if whole else super().body_class(config, stored)
 
     @abc.abstractmethod
     def outside(self, config: Config) -> Weights:

@@ -89,6 +89,13 @@ def tie_head(model: PreTrainedModel) -> None:
         head.weight = model.get_input_embeddings().weight
 
 
+def tie(model: PreTrainedModel, twins: Mapping[str, str]) -> None:
+    """Put parameters in the place of others that are left out, which transformers has read."""
+    for twin, other in twins.items():
+        module, _, leaf = twin.rpartition(".")
+        setattr(model.get_submodule(module), leaf, model.get_parameter(other))
+
+
 def refuse_unknown(implementation: str | None) -> None:
     """Raise `UpcycleError` for an experts implementation that transformers does not have."""
     known = [kernels.ONE_BY_ONE, *sorted(ALL_EXPERTS_FUNCTIONS.keys())]
