@@ -165,22 +165,33 @@ NEEDED = "{% if not m.content and not m.tool_calls %}{{ raise_exception('empty')
 )
 def test_tools_and_calls_that_a_template_leaves_out(parts, left_out, tmp_path):
     """The calls of the last chat stand beside content. The name is in each text, whether called or not."""
-    asked = {"role": "user", "content": "Please add 1 and 1!"}
+    asked = {"role": "user", "content": "Please sum up 1 and 1!"}
     _, call, *rest = CHATS[2]["messages"]
     rows = [
         {"messages": turns("add", "b")},
         {**CHATS[2], "messages": [asked, call, *rest]},
-        {**CHATS[2], "messages": [asked, {**call, "content": "add"}, *rest]},
+        {**CHATS[2], "messages": [asked, {**call, "content": "sum"}, *rest]},
     ]
     tokenizer = byte_tokenizer(tmp_path, PARTS % parts)
     if left_out is None:
         plain, call, both = tokens_of(told(rows), tokenizer, TODAY)
         assert tokenizer.decode(call.ids[call.answers]) == "add</s>2</s>"
-        assert tokenizer.decode(both.ids[both.answers]) == "addadd</s>2</s>"
+        assert tokenizer.decode(both.ids[both.answers]) == "sumadd</s>2</s>"
         assert tokenizer.decode(plain.ids).startswith("user: add")
         return
     with pytest.raises(UpcycleError, match=left_out):
         tokens_of(told(rows), tokenizer, TODAY)
+
+
+def test_tools_and_calls_that_stand_in_the_text_are_shown(tmp_path):
+    """As in Hermes' chats, whose system message lists the tools, beside a column of them."""
+    _, call, *rest = CHATS[2]["messages"]
+    told_ = {"role": "system", "content": "<tools>add</tools>"}
+    asked = {"role": "user", "content": "1 and 1?"}
+    messages = [told_, asked, {**call, "content": "<tool_call>add</tool_call>"}, *rest]
+    tokenizer = byte_tokenizer(tmp_path, PARTS % ("", ""))
+    (found,) = tokens_of(told([{**CHATS[2], "messages": messages}]), tokenizer, TODAY)
+    assert "<tool_call>add</tool_call>" in tokenizer.decode(found.ids[found.answers])
 
 
 def test_chats_with_tools_are_rendered_once_but_for_the_first(tmp_path, monkeypatch):

@@ -612,6 +612,13 @@ def test_rows_and_tokens_are_not_both_given(table: Table, tmp_path: Path) -> Non
             Run.load(tmp_path / "run.toml", given)
     found = Run.load(tmp_path / "run.toml", [one, three])
     assert (found.train.rows, found.train.eval_rows) == (4, 8)
+    (tmp_path / "over.toml").write_text("base = 'run.toml'\ntrain.batch_tokens = 2048\n")
+    (tmp_path / "top.toml").write_text("base = 'over.toml'\ntrain.batch_size = 3\n")
+    rows = found.train.sequence_length
+    assert Run.load(tmp_path / "over.toml").train.rows == 2048 // rows
+    assert Run.load(tmp_path / "top.toml").train.rows == 3  # what is laid over takes its place
+    assert Run.load(tmp_path / "over.toml", [one]).train.rows == 4
+    assert Run.load(tmp_path / "top.toml", ["train.batch_tokens=1024"]).train.rows == 1024 // rows
 
 
 def test_a_run_that_has_recorded_rows_and_tokens_goes_on_without_tokens(table: Table, tmp_path: Path) -> None:

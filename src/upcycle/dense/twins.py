@@ -12,7 +12,13 @@ from upcycle.errors import UpcycleError
 
 
 def refuse_two_heads(dense: Dense) -> None:
-    """Refuse a config that ties a head although a head with other values is stored, which is ambiguous.
+    """Raise `UpcycleError` for what `difference` says."""
+    if (said := difference(dense)) is not None:
+        raise UpcycleError(said)
+
+
+def difference(dense: Dense) -> str | None:
+    """Say that a head has other values than the table that config.json ties it to, which is ambiguous.
 
     transformers 5 keeps the two apart if they differ. It is the same for other tensors that a class ties. A
     tensor that the recipe drops is not asked about. This reads both tensors, and asks nothing about a
@@ -20,7 +26,7 @@ def refuse_two_heads(dense: Dense) -> None:
     """
     opened = dense.checkpoint
     if opened.headers_only:
-        return
+        return None
     for names in dense.family.twins(dense.config).items():
         twin, other = map(dense.place.names.stored, names)
         if other not in opened.tensors or dense.left_out.get(twin, DROPPED).startswith(DROPPED):
@@ -28,10 +34,11 @@ def refuse_two_heads(dense: Dense) -> None:
         if not _same(opened, opened.tensors[twin], opened.tensors[other]):
             is_head = not twin.endswith((".bias", ".embed_tokens.weight"))
             untie = "set tie_word_embeddings to false in config.json, or " if is_head else ""
-            raise UpcycleError(
+            return (
                 f"{opened.folder} stores an {twin} that differs from {other}, to which its class ties it; "
                 f"{untie}{without(opened, twin, twin)}"
             )
+    return None
 
 
 def _same(opened: Checkpoint, one: TensorInfo, other: TensorInfo) -> bool:

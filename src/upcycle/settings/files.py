@@ -30,6 +30,7 @@ class FileLayout:
     shared: Mapping[str, type] = field(default_factory=dict)  # other types that read keys of a table
     follows: Mapping[str, str] = field(default_factory=dict)  # the place whose name a nameless table has
     off: Mapping[str, Without] = field(default_factory=dict)  # what `KEY = false` does to the whole file
+    rivals: Mapping[str, str] = field(default_factory=dict)  # keys, and the one that each takes the place of
 
     def name_at(self, table: Mapping[str, Any], place: str) -> Any:
         """Return the name in the table at `place`, or the one that applies if it has none."""
@@ -45,6 +46,13 @@ class FileLayout:
         kept = {*self.named[place].common, *(keys(self.shared[place]) if place in self.shared else ())}
         for key in [key for key in section if key not in kept]:
             del section[key]
+
+    def give_way(self, below: dict[str, Any], is_above: Callable[[str], bool]) -> None:
+        """Remove the keys of a table whose rivals, and not they, are in what is laid over it."""
+        for key, other in self.rivals.items():
+            section, _, last = other.rpartition(".")
+            if is_above(key) and not is_above(other) and (found := _section(below, section)) is not None:
+                found.pop(last, None)
 
     def turn(self, setting: str) -> int:
         """Return the rank of a setting: whole files come first, then names from the outermost in."""
@@ -80,6 +88,8 @@ def override(table: Mapping[str, Any], settings: Iterable[str], layout: FileLayo
     A value that is not TOML is a string.
     """
     out: dict[str, Any] = copy.deepcopy(dict(table))
+    settings = [*settings]
+    layout.give_way(out, {setting.partition("=")[0].strip() for setting in settings}.__contains__)
     # Names come first: they decide which of the file's keys beside them still apply.
     for setting in sorted(settings, key=layout.turn):
         dotted, equals, text = setting.partition("=")
@@ -143,6 +153,7 @@ def _read_toml(path: Path, what: str, layout: FileLayout, seen: tuple[Path, ...]
             name = layout.name_at(below, place)
             if own.get("name", name) != name:
                 layout.rename(found, place)
+    layout.give_way(below, lambda key: _has(table, key))
     return _over(below, table)
 
 
@@ -180,6 +191,12 @@ def _section(table: Any, place: str) -> dict[str, Any] | None:
     for section in place.split("."):
         table = table.get(section) if isinstance(table, dict) else None
     return table if isinstance(table, dict) else None
+
+
+def _has(table: Any, key: str) -> bool:
+    """Return whether a table has a dotted key."""
+    section, _, last = key.rpartition(".")
+    return last in (_section(table, section) or ())
 
 
 def _over(under: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:

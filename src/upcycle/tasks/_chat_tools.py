@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from upcycle.hf.chat_templates import Template
 
 _CALLS = "tool_calls"
+_ASKING = ("system", "user")
 _AFTER = "in a run, set task.chat_template to one that writes them, or take"
 
 
@@ -22,6 +23,7 @@ class ToolsShown:
 
     To see it, a chat is rendered once more without them. That is done for the first of each kind alone, so
     that chats with tools cost little more than others. A kind is what a template can go by, but for words.
+    Tools that a system or user message names are shown, and so are calls that stand in their own message.
     """
 
     kinds: set[tuple[Any, ...]] = field(default_factory=set)
@@ -29,7 +31,11 @@ class ToolsShown:
     def refuse_left_out(self, chat: Chat, template: Template, text: str) -> None:
         """Raise `UpcycleError` if the template's `text` of a chat is the same without tools or calls."""
         for place, message in enumerate(chat.messages):
-            if message.get(_CALLS) and self._is_new(_kind_of_calls(chat, place)):
+            if (
+                message.get(_CALLS)
+                and not _tells(message["content"], message[_CALLS])
+                and self._is_new(_kind_of_calls(chat, place))
+            ):
                 silent = {name: value for name, value in message.items() if name != _CALLS}
                 messages = (*chat.messages[:place], silent, *chat.messages[place + 1 :])
                 if _writes(replace(chat, messages=messages), template) == text:
@@ -38,7 +44,8 @@ class ToolsShown:
                         f"(tool_calls), so that the model would learn an answer without them; {_AFTER} the "
                         f"chat out"
                     )
-        if not chat.tools or not self._is_new(_kind_of_tools(chat)):
+        asked = " ".join(message["content"] for message in chat.messages if message["role"] in _ASKING)
+        if not chat.tools or _tells(asked, chat.tools) or not self._is_new(_kind_of_tools(chat)):
             return
         if _writes(replace(chat, tools=()), template) == text:
             raise UpcycleError(
@@ -51,6 +58,14 @@ class ToolsShown:
         new = kind not in self.kinds
         self.kinds.add(kind)
         return new
+
+
+def _tells(text: str, functions: Any) -> bool:
+    """Return whether a text has the names of all of some tools, or of all that are called."""
+    listed = functions if isinstance(functions, Sequence) else ()
+    inner = [each.get("function", each) if isinstance(each, Mapping) else None for each in listed]
+    names = [each.get("name") if isinstance(each, Mapping) else None for each in inner]
+    return bool(names) and all(isinstance(name, str) and name and name in text for name in names)
 
 
 def _writes(chat: Chat, template: Template) -> str | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from upcycle import tasks
 from upcycle.conversion.provenance import Hashes
 from upcycle.data import leaks, stamps
+from upcycle.dense import twins
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, listed
 from upcycle.records.state import RunState
@@ -64,8 +65,9 @@ def admitted(run: Run, begun: Start) -> Task:
 def first_refusals(run: Run, begun: Start, task: Task, asked: Run | None = None) -> list[str]:
     """Return the reasons to refuse a run that begins; one that goes on may have them.
 
-    They are rows that are too long for the model, router losses that no router computes, rows that the run is
-    scored on though it trains on them, and a stage that would not read its data anew as it says.
+    They are a head that differs from the table it is tied to, rows that are too long for the model, router
+    losses that no router computes, rows that the run is scored on though it trains on them, and a stage that
+    would not read its data anew as it says.
     `asked` is the run as the user wrote it, if `run` has what a record says besides.
     """
     legs = Course(run).legs
@@ -73,7 +75,8 @@ def first_refusals(run: Run, begun: Start, task: Task, asked: Run | None = None)
     lacking = (fit.without_loss(leg.run, begun.built) for leg in legs)
     scored = [leg.run.data for leg in legs if leg.run.train.eval_every]
     trained_on = [*map(leaks.within, dict.fromkeys(scored)), leaks.later(scored)]
-    return [*dict.fromkeys(filter(None, [long, *lacking, *trained_on, fit.not_anew(asked or run)]))]
+    apart = twins.difference(begun.dense)
+    return [*dict.fromkeys(filter(None, [apart, long, *lacking, *trained_on, fit.not_anew(asked or run)]))]
 
 
 def ready(run: Run, begun: Start, task: Task, here: Ranks, checkpoint: Path | None) -> Ready:

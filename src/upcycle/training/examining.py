@@ -41,18 +41,19 @@ def prepared(run: Run, given: Examiner | None, subject: Subject, here: Ranks) ->
 
     Raises the same `UpcycleError` on all ranks if that is not possible.
     """
-    if (examiner := _asked(run, given)) is not None:
+    if (examiner := asked(run, given)) is not None:
         agreement.first_alone(lambda: examiner.prepare(run, subject), here)
     return examiner
 
 
 def refuse(run: Run, given: Examiner | None, subject: Subject) -> None:
     """Raise `UpcycleError` if the model of a run cannot be examined, see `Examiner.refuse`."""
-    if (examiner := _asked(run, given)) is not None:
+    if (examiner := asked(run, given)) is not None:
         examiner.refuse(run, subject)
 
 
-def _asked(run: Run, given: Examiner | None) -> Examiner | None:
+def asked(run: Run, given: Examiner | None) -> Examiner | None:
+    """Return who examines the model of a run, without the data; None if nobody is asked to."""
     if not run.eval.tasks:
         return None
     if given is None:

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.system.signals import interrupting, noted
-from upcycle.training import agreement, beginning, examining, parallel, recording, run_folder, stepping
+from upcycle.training import (
+    agreement,
+    beginning,
+    examining,
+    parallel,
+    recording,
+    run_folder,
+    saving,
+    stepping,
+)
 from upcycle.training.examining import Examiner
 from upcycle.training.parallel import ranks
 from upcycle.training.run import Run
@@ -49,7 +58,11 @@ def train(
         )
         begun = agreement.agreed(mine, here)
         assert task is not None, "ranks agree on a start only if each has one"
-        examiner = examining.prepared(run, examiner, begun.subject, here)
+        done = [step for step, _ in saving.checkpoints(Path(run.out))] if resume and here.first else []
+        if max(here.share(done), default=0) < run.train.total_steps:
+            examiner = examining.prepared(run, examiner, begun.subject, here)
+        else:
+            examiner = examining.asked(run, examiner)
         folders = [opened.folder for opened in begun.checkpoints]
         stack.enter_context(interrupting(signal.SIGTERM))
         checkpoint = stack.enter_context(run_folder.claimed(run, folders, here, resume=resume))

@@ -117,16 +117,14 @@ class Metrics:
         else:
             self._written = _Written(record, place)
 
-    def scored(self, scores: Mapping[str, float]) -> None:
-        """Add scores on tasks to the last line."""
-        if self._written is None:
-            return
-        record = replace(self._written.step, scores=scores)
-        self._write(record, self._written.begin)
+    def scored(self, step: int, scores: Mapping[str, float]) -> None:
+        """Tell the scores on tasks after `step`, and add them to its line, if that is there."""
         for name, value in scores.items():
-            self.say(f"step {record.step}: {name} {value:.4f}")
+            self.say(f"step {step}: {name} {value:.4f}")
         for sink in self.sinks:
-            sink.log({f"eval/{name}": value for name, value in scores.items()}, step=record.step)
+            sink.log({f"eval/{name}": value for name, value in scores.items()}, step=step)
+        if self._written is not None:
+            self._write(replace(self._written.step, scores=scores), self._written.begin)
 
     def step(self, record: StepMetrics) -> None:
         """Record one finished step."""

@@ -255,7 +255,8 @@ class Run(Settings):
 def _refuse_both(table: Mapping[str, Any]) -> None:
     """Raise `UpcycleError` for a run file with a number of rows and one of tokens, of which rows decide.
 
-    Tables of records have both, because they have the defaults.
+    What is laid over a file with one of them takes its place. Tables of records have both, because they have
+    the defaults.
     """
     train = table_at(table.get("train", {}), "train")
     for rows, tokens in ROWS_BEFORE_TOKENS.items():
@@ -291,7 +292,12 @@ def _together(train: Mapping[str, Any], parts: list[Any]) -> dict[str, Any]:
     return {**shared, "steps": steps}
 
 
-LAYOUT = dataclasses.replace(recipes.LAYOUT, named={**recipes.LAYOUT.named, **families(Run)})
+_RIVALS = {
+    f"train.{one}": f"train.{other}"
+    for pair in ROWS_BEFORE_TOKENS.items()
+    for one, other in (pair, pair[::-1])
+}
+LAYOUT = dataclasses.replace(recipes.LAYOUT, named={**recipes.LAYOUT.named, **families(Run)}, rivals=_RIVALS)
 
 
 def train_of(table: Mapping[str, Any]) -> Train:

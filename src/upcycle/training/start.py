@@ -25,7 +25,6 @@ from upcycle.checkpoints.hub import Opener, open_checkpoint
 from upcycle.dense.admission import admit
 from upcycle.dense.source import Dense
 from upcycle.dense.subject import Subject
-from upcycle.dense.twins import refuse_two_heads
 from upcycle.errors import UpcycleError
 from upcycle.families import Family, _stacks
 from upcycle.families._training import trained
@@ -136,7 +135,6 @@ def start_of(run: Run, opener: Opener = open_checkpoint) -> Start:
     source = weightless.opened(run.source) if run.from_scratch else None
     built = blueprint(source or run.source, run.recipe, opener=opener) if run.recipe else None
     dense = built.dense if built else admit(source or opener(run.source), drop=run.drop)
-    refuse_two_heads(dense)
     if built:
         architecture, config, entries = built.target.architecture, built.config, built.entries
     else:

@@ -200,7 +200,7 @@ class Stepping:
                 f"or take its tasks out, and go on with --resume"
             ) from error
         if self._log is not None:
-            self._log.scored(scores)
+            self._log.scored(self.state.step, scores)
 
     def _go_back(self, harmful: int) -> bool:
         """Go back to the newest checkpoint and leave out batch number `harmful`.

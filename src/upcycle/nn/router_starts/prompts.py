@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from upcycle.errors import UpcycleError
 from upcycle.nn.router_starts._measured import OfDomains, unit
 from upcycle.records.statistics import NEGATIVE
 
@@ -27,13 +26,6 @@ class Prompts(OfDomains):
     summary = "means of the network's input over each expert's prompts or text, less what all have in common"
     collect = "mean"
     texts = "--prompts PROMPTS.toml"
-
-    def refuse(self, site: Site, rows: int) -> None:
-        if rows > 1 and len({*self.places(rows)}) == 1:
-            raise UpcycleError(
-                f"router.init.domains: all {rows} experts have the domain {self.domains[0]}, so nothing "
-                f"is left of their rows when the mean of all is taken off; name two domains or more"
-            )
 
     def rows(self, site: Site, rows: int) -> np.ndarray:
         found = self.measured.of("channels", site.stack, site.layer, "mean").astype(np.float64)

@@ -30,12 +30,6 @@ class InverseSqrt(Schedule):
         super().__post_init__()
         if not self.warmup:
             raise UpcycleError("schedule.name = inverse_sqrt needs schedule.warmup, in steps: its time scale")
-        if self.warmup_from is not None and not self.warming:
-            raise UpcycleError(
-                f"schedule.warmup_from = {self.warmup_from:g} is the rate before the warm-up, and with "
-                f"schedule.start_step = {self.start_step} the warm-up of {self.warmup} steps is over; take "
-                f"warmup_from out"
-            )
 
     def count(self, step: int) -> int:
         return step + 1 + self.start_step
@@ -45,7 +39,14 @@ class InverseSqrt(Schedule):
         return straight_down(rate, self.floor, total - step, self.decay)
 
     def warnings(self, total: int) -> list[str]:
-        return [*early(self.warming, self.decay, total), *super().warnings(total)]
+        found = [*early(self.warming, self.decay, total), *super().warnings(total)]
+        if self.warmup_from is not None and not self.warming:
+            found.append(
+                f"schedule.warmup_from = {self.warmup_from:g} is not heeded: it is the rate before the "
+                f"warm-up, and with schedule.start_step = {self.start_step:,} the warm-up of "
+                f"{self.warmup:,} steps is over"
+            )
+        return found
 
     def continuing(self, stopped: int) -> str | None:
         if stopped == self.start_step:
