@@ -101,7 +101,7 @@ def outputs(model):
     name = type(model).__name__.removeprefix("Upcycled")
     if name.startswith("Whisper"):
         given = {"input_features": torch.randn(2, 8, 40, generator=generator)}
-    elif name.startswith("ViT"):
+    elif name.startswith(("ViT", "Dinov2")):
         given = {"pixel_values": torch.randn(2, 3, 12, 12, generator=generator)}
     else:
         shape = (2, 3, 7) if "MultipleChoice" in name else (2, 7)
