@@ -3,7 +3,6 @@
 import torch
 from transformers import PreTrainedModel
 
-from upcycle.dense.leaving_out import dropped_twins, drops_head
 from upcycle.dense.source import Dense
 from upcycle.hf import models, opening
 from upcycle.hf.quiet import quiet
@@ -14,8 +13,6 @@ def opened(dense: Dense, device: torch.device, dtype: torch.dtype) -> PreTrained
     with quiet():
         cls = models.architecture(dense.architecture)
         model = opening.fill(cls, dense.checkpoint.folder, left_out=dense.left_out, dtype=dtype)
-    if drops_head(dense):
-        opening.tie_head(model)
-    opening.tie(model, dropped_twins(dense))
+    opening.tie_dropped(model, dense)
     model.requires_grad_(False)
     return model.to(device).eval()

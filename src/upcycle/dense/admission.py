@@ -172,8 +172,7 @@ def _family(checkpoint: Checkpoint, own: Mapping[str, Any], *, within: bool) -> 
             f"{shown(model_type)}, which upcycle does not know"
             f"{nearest_of_many(model_type, families.names(), 'upcycle list')}"
         )
-    known = families.by_class(own) or model_type
-    return families.find(families.find(known).meant(own))
+    return families.of(own)
 
 
 def _within(

@@ -22,7 +22,7 @@ from upcycle.checkpoints import hub
 from upcycle.checkpoints.checkpoint import Checkpoint, read_json
 from upcycle.data import corpus, splits
 from upcycle.dense.admission import admit
-from upcycle.dense.leaving_out import dropped_twins, drops_head, that_find
+from upcycle.dense.leaving_out import that_find
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
 from upcycle.evaluation import few_shot, task_files, text_to_text
@@ -122,9 +122,7 @@ def _model(folder: Path, drop: tuple[str, ...]) -> PreTrainedModel:
             return models.open(folder)
         dense = admit(opened, drop=mine)
     model = models.open(folder, left_out=dense.left_out)
-    if drops_head(dense):
-        opening.tie_head(model)
-    opening.tie(model, dropped_twins(dense))
+    opening.tie_dropped(model, dense)
     return model
 
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle.errors import UpcycleError
-from upcycle.families import LENGTHENED, Config, Stack, rope_parameters
+from upcycle.families import Config, Stack
 from upcycle.families._checked import check
 from upcycle.families._decoder_width import DecoderWidth
+from upcycle.families._rope import LENGTHENED, rope_parameters
 from upcycle.families._training import Trained
 from upcycle.families._weights import Bias, Matrix, Table, Weights, below, linear, norm, rms_norm
 from upcycle.tensors.feed_forward import FeedForward

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle.families import Config, Weights, rope_parameters
+from upcycle.families import Config, Weights
 from upcycle.families._plain_decoder import PlainDecoder
+from upcycle.families._rope import rope_parameters
 from upcycle.families._weights import Table, linear, norm
 
 

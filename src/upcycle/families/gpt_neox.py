@@ -1,7 +1,8 @@
 """GPT-NeoX: Pythia, Dolly; parallel residuals, biased LayerNorms, one matrix for queries, keys, values."""
 
-from upcycle.families import Config, Weights, rope_parameters
+from upcycle.families import Config, Weights
 from upcycle.families._plain_decoder import PlainDecoder
+from upcycle.families._rope import rope_parameters
 from upcycle.families._weights import Table, linear, norm
 
 

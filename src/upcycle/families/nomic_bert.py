@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle.families import Config, Stack, Weights, rope_parameters
+from upcycle.families import Config, Stack, Weights
 from upcycle.families._encoder import Encoder
+from upcycle.families._rope import rope_parameters
 from upcycle.families._stacks import only_stack
 from upcycle.families._weights import Table, below, linear, norm
 from upcycle.tensors.feed_forward import FeedForward

@@ -13,6 +13,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from upcycle import families, targets
 from upcycle.checkpoints.checkpoint import CONFIG, Checkpoint, read_json
+from upcycle.dense.leaving_out import dropped_twins, drops_head
+from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError, listed, shown
 from upcycle.families._checked import MOST_BLOCKS
 from upcycle.hf.parts import ALL_EXPERTS_FUNCTIONS
@@ -83,15 +85,11 @@ def fill(
     return opened
 
 
-def tie_head(model: PreTrainedModel) -> None:
-    """Put the embedding in the place of a stored head that is left out, which transformers has read."""
-    if (head := model.get_output_embeddings()) is not None:
+def tie_dropped(model: PreTrainedModel, dense: Dense) -> None:
+    """Put in the place of dropped tensors, which transformers has read, what the class ties them to."""
+    if drops_head(dense) and (head := model.get_output_embeddings()) is not None:
         head.weight = model.get_input_embeddings().weight
-
-
-def tie(model: PreTrainedModel, twins: Mapping[str, str]) -> None:
-    """Put parameters in the place of others that are left out, which transformers has read."""
-    for twin, other in twins.items():
+    for twin, other in dropped_twins(dense).items():
         module, _, leaf = twin.rpartition(".")
         setattr(model.get_submodule(module), leaf, model.get_parameter(other))
 

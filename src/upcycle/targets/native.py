@@ -180,11 +180,8 @@ class Native(WithExperts):
                 raise UpcycleError(f"moe.layers = {recipe.moe.layers}: {chosen}")
             return chosen
         if len(layers) != dense.config["num_hidden_layers"]:
-            can = [
-                name
-                for name in dense.family.natives
-                if name in natives.with_dense_layers() and not dense.family.refusal(dense.config, name)
-            ]
+            able = natives.with_dense_layers()
+            can = [name for name in fitting(dense.family, dense.config) if name in able]
             raise UpcycleError(
                 f"{self.model_type} has experts in every layer and cannot keep dense ones; use moe.layers = "
                 f"all, or moe.target = {' or '.join([*can, 'upcycled'])}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from upcycle import families
 from upcycle.checkpoints.checkpoint import read_json
 from upcycle.errors import UpcycleError
-from upcycle.families import Config, Family
+from upcycle.families import Config
 from upcycle.targets import native
 
 
@@ -26,14 +26,9 @@ def natives(source: str) -> tuple[str, list[str]] | None:
     if (raw := _config(source)) is None:
         return None
     with suppress(UpcycleError):
-        family = _family(raw)
+        family = families.of(raw)
         return family.model_type, native.fitting(family, family.config(raw))
     return None
-
-
-def _family(raw: Config) -> Family:
-    named = families.by_class(raw) or str(raw.get("model_type"))
-    return families.find(families.find(named).meant(raw))
 
 
 def _config(source: str) -> Config | None:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from upcycle.blueprints import stored_types
 from upcycle.blueprints.blueprint import Blueprint
-from upcycle.dense.leaving_out import dropped_twins, drops_head
 from upcycle.errors import UpcycleError
 from upcycle.system import memory
 from upcycle.system.wording import size
@@ -148,9 +147,7 @@ def _open(built: Blueprint, side: Side) -> tuple[PreTrainedModel, str]:
             f"converted"
         )
     if not side.one_by_one:
-        if drops_head(built.dense):
-            opening.tie_head(model)
-        opening.tie(model, dropped_twins(built.dense))
+        opening.tie_dropped(model, built.dense)
     model = model.float().eval()
     if side.dtype is not None:
         _round(model, side.dtype)
