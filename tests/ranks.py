@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import distributed as dist
@@ -337,7 +338,13 @@ def examined(table: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
             model.train()
             return scores
 
-    train(Run.of(table), examiner=Writes())
+    def slowly(log: metrics.Metrics, *args: Any) -> None:
+        time.sleep(0.5)  # the others could read the folder in between
+        added(log, *args)
+
+    added = metrics.Metrics.scored
+    with mock.patch.object(metrics.Metrics, "scored", slowly):
+        train(Run.of(table), examiner=Writes())
     lines = metrics.read(Path(table["out"]))
     return {
         "losses": [line.loss for line in lines], "scores": [dict(line.scores or {}) for line in lines],

@@ -201,6 +201,7 @@ class Stepping:
             ) from error
         if self._log is not None:
             self._log.scored(self.state.step, scores)
+        trainee.ranks.barrier()  # whoever asks the folder after the run finds them
 
     def _go_back(self, harmful: int) -> bool:
         """Go back to the newest checkpoint and leave out batch number `harmful`.
