@@ -73,69 +73,73 @@ class _ExpertByExpert(torch.autograd.Function):
         rows, factors = order // index.shape[1], weights.flatten().index_select(0, order)[:, None]
         # of each choice among the rows that are sorted by experts
         places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).view(index.shape)
-        ends = torch.searchsorted(chosen, torch.arange(len(down)), right=True).tolist()
-        weighted = hidden.new_empty(len(order), hidden.shape[-1])
+        counts = torch.bincount(chosen, minlength=len(down)).tolist()
+        made = hidden.new_empty(len(order), down.shape[1])
         kept: list[Tensor] = []
-        for e, part in _parts(ends):
-            given = hidden.index_select(0, rows[part])
-            both = given @ gate_up[e].T
+        by_rows = (rows, made)
+        for part, (gate_up_e, down_e) in _experts(counts, by_rows, (gate_up.mT, down.mT)):
+            rows_e, made_e = part
+            given = hidden.index_select(0, rows_e)
+            both = given @ gate_up_e
             gate, up = both.chunk(2, dim=-1)
             active = F.silu(gate)
             inner = active * up
-            made = inner @ down[e].T
-            torch.mul(made, factors[part], out=weighted[part])
+            torch.mm(inner, down_e, out=made_e)
             if keeps:
-                kept += (given, both, active, inner, made)
-        ctx.ends = ends
-        ctx.save_for_backward(rows, factors, places, gate_up, down, *kept)
-        return _summed(weighted, places)
+                kept += (given, both, active, inner)
+        ctx.counts = counts
+        ctx.save_for_backward(rows, factors, places, gate_up, down, made, *kept)
+        return _summed(made * factors, places)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rows, factors, places, gate_up, down, *kept = ctx.saved_tensors
+        rows, factors, places, gate_up, down, made, *kept = ctx.saved_tensors
         of_hidden, _, of_weights, of_gate_up, of_down, _ = ctx.needs_input_grad
-        d_rows = gradient.new_empty(len(rows), gradient.shape[-1]) if of_hidden else None
-        d_factors = torch.empty_like(factors)
-        d_gate_up = torch.empty_like(gate_up) if of_gate_up else None
-        d_down = torch.empty_like(down) if of_down else None
-        used = set()
-        for place, (e, part) in enumerate(_parts(ctx.ends)):
-            used.add(e)
-            given, both, active, inner, made = kept[5 * place : 5 * place + 5]
+        d_rows, d_factors = torch.empty_like(made), torch.empty_like(factors)
+        d_gate_up, d_down = torch.empty_like(gate_up), torch.empty_like(down)
+        for e, count in enumerate(ctx.counts):
+            if not count:
+                d_gate_up[e].zero_()
+                d_down[e].zero_()
+        by_rows = (rows, made, factors, d_factors, d_rows)
+        by_experts = (gate_up, down, d_gate_up, d_down)
+        for place, (part, weights_e) in enumerate(_experts(ctx.counts, by_rows, by_experts)):
+            rows_e, made_e, factors_e, d_factors_e, d_rows_e = part
+            gate_up_e, down_e, d_gate_up_e, d_down_e = weights_e
+            given, both, active, inner = kept[4 * place : 4 * place + 4]
             gate, up = both.chunk(2, dim=-1)
-            d_made = gradient.index_select(0, rows[part])
+            d_made = gradient.index_select(0, rows_e)
             if of_weights:
-                torch.sum(d_made * made, -1, keepdim=True, out=d_factors[part])
-            d_made *= factors[part]
-            if d_down is not None:
-                torch.mm(d_made.T, inner, out=d_down[e])
-            d_inner = d_made @ down[e]
+                torch.sum(d_made * made_e, -1, keepdim=True, out=d_factors_e)
+            d_made *= factors_e
+            if of_down:
+                torch.mm(d_made.T, inner, out=d_down_e)
+            d_inner = d_made @ down_e
             d_both = torch.empty_like(both)
             d_gate, d_up = d_both.chunk(2, dim=-1)
             torch.mul(d_inner, active, out=d_up)
             torch.ops.aten.silu_backward.grad_input(d_inner.mul_(up), gate, grad_input=d_gate)
-            if d_gate_up is not None:
-                torch.mm(d_both.T, given, out=d_gate_up[e])
-            if d_rows is not None:
-                torch.mm(d_both, gate_up[e], out=d_rows[part])
-        for e in set(range(len(down))) - used:
-            for of_expert in (d_gate_up, d_down):
-                if of_expert is not None:
-                    of_expert[e].zero_()
+            if of_gate_up:
+                torch.mm(d_both.T, given, out=d_gate_up_e)
+            if of_hidden:
+                torch.mm(d_both, gate_up_e, out=d_rows_e)
+            del d_made, d_inner, d_both, d_gate, d_up  # the next expert's take their place in the cache
         # Grouped products sum a token's gradients in the order of experts.
-        d_hidden = None if d_rows is None else _summed(d_rows, places.sort(-1).values)
+        d_hidden = _summed(d_rows, places.sort(-1).values) if of_hidden else None
         d_weights = d_factors.take(places) if of_weights else None
-        return d_hidden, None, d_weights, d_gate_up, d_down, None
+        return d_hidden, None, d_weights, d_gate_up if of_gate_up else None, d_down if of_down else None, None
 
 
-def _parts(ends: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """Yield each expert that has rows, and which of the sorted rows these are."""
-    begin = 0
-    for e, end in enumerate(ends):
-        if end > begin:
-            yield e, slice(begin, end)
-        begin = end
+def _experts(
+    counts: list[int], by_rows: Sequence[Tensor], by_experts: Sequence[Tensor]
+) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
+    """Yield, for each expert that has rows, its parts of sorted rows [M K, ...] and of stacks [E, ...]."""
+    rows = zip(*(tensor.split(counts) for tensor in by_rows), strict=True)
+    weights = zip(*(tensor.unbind() for tensor in by_experts), strict=True)
+    for count, rows_e, weights_e in zip(counts, rows, weights, strict=True):
+        if count:
+            yield rows_e, weights_e
 
 
 def _summed(rows: Tensor, places: Tensor) -> Tensor:
