@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import statistics
 
+import numpy as np
 import pytest
 
 import scripts
 import tiny
 from upcycle.advice import own_runs, published
 from upcycle.advice.gather import advise
+from upcycle.advice.reading import readings
 from upcycle.advice.situation import Budget, Situation
 from upcycle.blueprints.cost import plan_of
 from upcycle.blueprints.making import blueprint
@@ -34,6 +36,7 @@ def test_the_table_is_what_was_recorded():
         with scripts.loaded(f"{folder}/{script}") as loaded:
             outcome = importlib.import_module("outcome").Outcome.of(loaded.EXPERIMENT)
             assert loaded.EXPERIMENT.extra == experiment.extra
+            assert loaded.EXPERIMENT.decay == experiment.decay
             for measured in (each for each in own_runs.MEASURED if each.of == experiment):
                 key = (int(measured.start), measured.variant)
                 assert len(outcome[key]) == 3
@@ -88,6 +91,7 @@ def test_they_speak_of_models_like_theirs_alone(tmp_path):
 
 
 DROP = {"init": {"name": "drop", "ratio": 0.5}}
+SLICES = {**HALVES, "init": {"name": "shuffle_slice"}, "router": {}}
 
 
 @pytest.mark.parametrize(
@@ -108,7 +112,7 @@ DROP = {"init": {"name": "drop", "ratio": 0.5}}
             None,
             "had seen 80 tokens per parameter: upcycling was behind until 11 % and",
         ),
-        (HALVES, 120, 0.12, "upcycling", "behind until 6 % and ahead from 11 %"),
+        (HALVES, 120, 0.16, "upcycling", "behind until 6 % and ahead from 11 %"),
     ],
 )
 def test_the_nearest_start_decides(tmp_path, table, seen, taken, choice, words):
@@ -150,16 +154,28 @@ def asked_of(source, seen, taken):
     return Budget(tokens=round(taken * seen * size), dense_tokens=round(seen * size))
 
 
-@pytest.mark.parametrize(("seen", "init"), [(10, "virtual_group"), (80, "shuffle_slice")])
-def test_narrower_experts_are_those_of_our_runs_where_these_paid(seen, init, tmp_path):
+@pytest.mark.parametrize(
+    ("seen", "taken", "init", "words"),
+    [
+        (80, 0.2, "shuffle_slice", "found ahead of dense continuation"),
+        (80, 0.1, "shuffle_slice", "found behind dense continuation"),
+        (40, 0.1, "shuffle_slice", "+0.0354 ± 0.0024 nats against dense continuation after 10% more FLOPs"),
+        (10, 0.2, "shuffle_slice", "found behind dense continuation"),
+        (80, 0.6, "shuffle_slice", "have for smaller budgets"),
+        (2, 0.2, "virtual_group", "with narrower experts, add"),  # no run of ours began so early
+    ],
+)
+def test_narrower_experts_are_those_of_our_runs_where_these_reach(seen, taken, init, words, tmp_path):
     source = tiny.make_headers(tmp_path / "llama", LLAMA)
-    asked = asked_of(source, seen, 0.18)
+    asked = asked_of(source, seen, taken)
     found = advise(source, None, asked).recommended
     (keys,) = (reason for reason in found.reasons if reason.startswith("  --set"))
+    (said,) = (reason for reason in found.reasons if reason.startswith("A token takes"))
     table = override(found.recipe.as_table(), keys.replace("--set", "").split())
     assert table["init"] == {"name": init}
     assert (table["moe"]["num_experts"], table["moe"]["granularity"]) == (16, 2)
-    ahead = any("found ahead of dense continuation" in reason for reason in found.reasons)
+    assert words in said
+    ahead = "found ahead of dense continuation" in said
     assert ahead == (advise(source, Recipe.of(table), asked).verdict.choice == "upcycling")
 
 
@@ -198,12 +214,7 @@ def test_slices_are_recommended_where_they_alone_are_known_to_pay(
     [(1, 0.05, "dense continuation"), (1, 0.2, None), (2, 0.2, "dense continuation")],
 )
 def test_a_t5_like_ours(tmp_path, factor, taken, choice):
-    config = {
-        "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 1056,
-        "d_model": 48, "d_ff": 128, "d_kv": 16, "num_heads": 3, "num_layers": 4, "num_decoder_layers": 2,
-        "feed_forward_proj": "gated-gelu",
-    }  # fmt: skip
-    source = tiny.make_headers(tmp_path / "t5", config)
+    source = tiny.make_headers(tmp_path / "t5", T5)
     recipe = Recipe.of(
         {
             "moe": {"num_experts": 8, "layers": "every_other", "target": "upcycled"},
@@ -248,6 +259,135 @@ def test_recycling_like_ours_is_compared_with_the_smaller_model(tmp_path):
     _, (said,) = own(table | {"moe": table["moe"] | {"universal_experts": 8}})
     assert not said.inside
     assert "with 16 universal experts" in said.why
+
+
+VIT = {
+    "model_type": "vit", "architectures": ["ViTForImageClassification"], "hidden_size": 48,
+    "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 192, "image_size": 32,
+    "patch_size": 8, "num_channels": 3, "hidden_act": "gelu",
+}  # fmt: skip
+T5 = {
+    "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 1056,
+    "d_model": 48, "d_ff": 128, "d_kv": 16, "num_heads": 3, "num_layers": 4, "num_decoder_layers": 2,
+    "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
+SOURCES = {"decoder": LLAMA, "vision transformer": VIT, "encoder-decoder": T5}
+
+
+@pytest.fixture(scope="module")
+def recipes():
+    """The recipes of all variants, from the scripts that ran them, by folder, script and variant."""
+    out = {}
+    for of in {(m.of.name, m.of.script) for m in own_runs.MEASURED if m.of != own_runs.JETPACK}:
+        with scripts.loaded("/".join(of)) as loaded:
+            for name, changes in loaded.EXPERIMENT.variants.items():
+                kept = {key: changes[key] for key in ("moe", "init", "router", "decoder") if key in changes}
+                out[*of, name] = Recipe.of(kept) if "moe" in kept else None
+    return out
+
+
+@pytest.mark.parametrize(
+    ("measured", "comparison"),
+    [
+        pytest.param(*pair, id=f"{pair[0].of.script}-{pair[0].start}-{pair[0].variant}")
+        for pair in zip(own_runs.MEASURED, own_runs.COMPARISONS, strict=True)
+        if pair[0].of != own_runs.JETPACK
+    ],
+)
+def test_a_budget_as_a_run_had_it_is_covered_by_that_run(measured, comparison, recipes, tmp_path):
+    """And read as that run ended. At the dense FLOPs a token it may be said in tokens."""
+    of = measured.of
+    source = tiny.make_headers(tmp_path / "source", SOURCES[of.kind])
+    built = blueprint(source, recipes[of.name, of.script, measured.variant])
+    seen = round(comparison.trained[0] * of.size)
+    cost = Situation(asked=Budget(tokens=1), built=built)
+    ratio = cost.moe_flops / cost.dense_flops
+    for times in [1.0, ratio] if "at the dense FLOPs" in of.variants[measured.variant].said else [ratio]:
+        asked = Budget(tokens=round(of.extra * seen / times), dense_tokens=seen)
+        here = Situation(asked=asked, built=built)
+        (read,) = [r for r in readings(here, own_runs.COMPARISONS) if r.run == comparison]
+        assert read.better == measured.better
+        assert read.caveat == ""
+
+
+@pytest.mark.parametrize(
+    ("table", "seen", "taken", "words"),
+    [
+        (
+            HALVES,
+            80,
+            0.4,
+            "40 % of the dense cost is past the longest run (30 %), where upcycling ended ahead",
+        ),
+        (DROP, 40, 0.4, "is past the longest run (30 %), where upcycling ended level"),
+        ({}, 10, 0.4, "is past the longest run (30 %), where upcycling ended behind"),
+    ],
+)
+def test_a_budget_past_the_longest_run_is_told_how_that_ended(table, seen, taken, words, tmp_path):
+    source, recipe = tiny.make_headers(tmp_path / "llama", LLAMA), Recipe.of(table)
+    any_budget = Situation(asked=asked_of(source, seen, 1), built=blueprint(source, recipe))
+    asked = asked_of(source, seen, taken / any_budget.share_of_cost)
+    found = advise(source, recipe, asked)
+    assert words in found.verdict.sentence
+    assert (found.verdict.choice, found.verdict.sure) == (None, "not known")
+    ((why, inside),) = [
+        (s.why, s.inside)
+        for s in found.statements
+        if s.source == own_runs.CODE.source and f"after {seen} tokens" in s.said and "30% more" in s.said
+    ]
+    assert not inside
+    assert "past the 30 % of this result" in why
+
+
+def test_whole_runs_of_a_tenth_end_as_docs_advise_says():
+    """Less well, beside dense continuation, than longer runs with the same seed stood at that place."""
+    outcomes, less = [], {}
+    for name in ("code/tenth", "code"):
+        with scripts.loaded(name) as loaded:
+            outcomes.append(importlib.import_module("outcome").Outcome.of(loaded.EXPERIMENT))
+    short, long = outcomes
+    for start, variant in (key for key in short.runs if key[1] != "dense"):
+        dense = long.share(start, "dense")
+        ends = short.share(start, variant)
+        stood = {
+            seed: np.interp(ends[seed][-1, 0], *curve.T) - np.interp(ends[seed][-1, 0], *dense[seed].T)
+            for seed, curve in long.share(start, variant).items()
+        }
+        ended = dict(zip(ends, short.gaps(start, variant), strict=True))
+        less[start, variant] = statistics.mean(ended[seed] - stood[seed] for seed in stood)
+    worst = max(less, key=less.__getitem__)
+    assert (worst, round(less[worst], 3)) == ((40, "copy"), 0.020)
+    assert all(abs(less[start, "shuffle_slice"]) < 0.005 for start in (40, 80, 160))
+
+
+EARLY = "that run took 30 %, and its rate had not fallen there, which can flatter upcycling"
+
+
+@pytest.mark.parametrize(
+    ("table", "seen", "taken", "choice", "early", "words"),
+    [
+        ({}, 80, 0.14, None, True, "in a whole run of 10 %, from 40 tokens per parameter, it ended behind"),
+        (
+            HALVES,
+            120,
+            0.12,
+            None,
+            True,
+            "in a whole run of 10 %, from 80 tokens per parameter, it ended behind",
+        ),
+        (SLICES, 160, 0.12, "upcycling", True, "ahead from 11 %"),  # and so it was after a tenth
+        ({}, 80, 0.2, "upcycling", True, "ahead from 13 % on"),  # no run is of nearly this budget
+        ({}, 80, 0.25, "upcycling", False, "ahead from 13 % on"),
+        (SLICES, 160, 0.1, "upcycling", False, "ahead from 9 % on"),  # a run of this very budget
+    ],
+)
+def test_a_crossing_in_a_longer_run_is_called_one(table, seen, taken, choice, early, words, tmp_path):
+    source, recipe = tiny.make_headers(tmp_path / "llama", LLAMA), Recipe.of(table)
+    any_budget = Situation(asked=asked_of(source, seen, 1), built=blueprint(source, recipe))
+    found = advise(source, recipe, asked_of(source, seen, taken / any_budget.share_of_cost)).verdict
+    assert found.choice == choice
+    assert (EARLY in found.sentence) is early
+    assert words in found.sentence
 
 
 def test_a_real_model_is_out_of_their_range(tmp_path):

@@ -291,7 +291,7 @@ def test_demo(tmp_path, capsys, monkeypatch):
     assert "NO" not in out
     assert "bits_per_byte" in out
     page = (tmp_path / "demo" / "report.html").read_text()
-    for said in ("8 experts, top-2, copy", "16 experts, top-2, shuffle_slice"):
+    for said in ("8 experts, top-2, copy", "16 experts, top-2, shuffle_slice", "What a longer training gave"):
         assert said in page
     assert (tmp_path / "demo" / "report.md").exists()
     for name in ("copy", "granular"):

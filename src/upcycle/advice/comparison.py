@@ -13,6 +13,7 @@ from upcycle.system.wording import rounded
 
 NEAR = 2.0  # a paper covers models up to so many times larger or smaller than its own
 NEAR_BUDGET = 4.0  # the same for tokens
+SLACK = 1.05  # and for a share of the dense cost: slices cost 1.01 times the dense FLOPs, and steps are whole
 Better = Literal["upcycling", "dense continuation"] | None
 UNREAD = "how many experts of a token and which layers it was found with is not in what was read"
 
@@ -22,9 +23,10 @@ class Comparison:
     """Upcycling and dense continuation on one budget, in `tokens` or as a `share` of the dense cost.
 
     `better` is None if they end level. If `ahead` is given, upcycling is ahead from that share on, the dense
-    model is up to `behind`, and between them they are level. `trained` is what the dense models had seen, in
-    tokens per parameter, fewest and most; None: not asked. `against` is the dense model that was trained on,
-    if it was not the source.
+    model is up to `behind`, and between them they are level. `falling` is the share from which the learning
+    rate falls; before it, a run of the same budget would end elsewhere. `trained` is what the dense models
+    had seen, in tokens per parameter, fewest and most; None: not asked. `against` is the dense model that was
+    trained on, if it was not the source.
     """
 
     paper: str
@@ -38,6 +40,7 @@ class Comparison:
     share: tuple[float, float] | None = None
     ahead: float | None = None
     behind: float | None = None
+    falling: float | None = None
     trained: tuple[float, float] | None = None
     against: str | None = None
 
@@ -48,11 +51,22 @@ class Comparison:
 
     def better_for(self, taken: float | None) -> Better:
         """Return what is ahead after a share of the dense cost; None if that is not told apart."""
-        if taken is None:
+        if taken is None or (self.share is not None and taken * SLACK >= self.share[1]):
             return self.better
         if self.behind is not None and taken <= self.behind:
             return "dense continuation"
         return None if self.ahead is not None and taken < self.ahead else self.better
+
+    def turns_early(self, taken: float | None) -> bool:
+        """Return whether `ahead` says of a share of the dense cost what a longer run says of it."""
+        if taken is None or self.ahead is None or self.falling is None:
+            return False
+        return taken < self.falling
+
+    @property
+    def ended(self) -> str:
+        """How upcycling ended beside dense continuation, in a word."""
+        return {"upcycling": "ahead", "dense continuation": "behind", None: "level"}[self.better]
 
     @property
     def stood(self) -> str:
@@ -75,10 +89,25 @@ def covering(situation: Situation, comparisons: Iterable[Comparison]) -> list[Co
     for one in comparisons:
         if one.kind == situation.kind and inside(situation, one)[0]:
             found.setdefault(one.way, []).append(one)
-    return [min(alike, key=lambda one: (_apart(situation, one), one.share or ())) for alike in found.values()]
+    return [min(alike, key=lambda one: (apart(situation, one), one.share or ())) for alike in found.values()]
 
 
-def _apart(situation: Situation, comparison: Comparison) -> float:
+def passed(situation: Situation, comparisons: Iterable[Comparison]) -> Comparison | None:
+    """Return the result that would cover a situation if the budget were not past its longest run.
+
+    Of several, the one whose dense model was trained most nearly as long is taken, and of these the longest.
+    """
+    taken = situation.share_of_cost
+    found = [
+        (apart(situation, one), -one.share[1], place, one)
+        for place, one in enumerate(comparisons)
+        if taken is not None and one.share is not None and one.kind == situation.kind
+        if taken > one.share[1] * SLACK and unlike(situation, one) is None
+    ]
+    return min(found)[-1] if found else None
+
+
+def apart(situation: Situation, comparison: Comparison) -> float:
     """Return how far the training of the dense model lies from that of a result, as a ratio of 1 or more."""
     if situation.trained is None or comparison.trained is None:
         return 1.0
@@ -88,6 +117,29 @@ def _apart(situation: Situation, comparison: Comparison) -> float:
 
 def inside(situation: Situation, comparison: Comparison) -> tuple[bool | None, str]:
     """Return whether a comparison covers a situation, and the reason. None: the source does not tell."""
+    if (other := unlike(situation, comparison)) is not None:
+        return other
+    like = f"{rounded(situation.plan.dense_parameters)} parameters"
+    if comparison.share is None:
+        return True, f"{like}, {rounded(situation.asked.tokens)} tokens are near"
+    taken, (low, high) = situation.share_of_cost, comparison.share
+    if taken is None:
+        return None, "it needs --dense-tokens, what the dense model was trained on"
+    if taken < low / SLACK:
+        return False, f"{share(taken)} of the dense cost, found at {share(low)} to {share(high)}"
+    if taken > high * SLACK:
+        place = f"past the {share(high)} of this result, where upcycling ended {comparison.ended}"
+        return False, f"{share(taken)} of the dense cost, {place}"
+    early = f", where the rate of that run of {share(high)} had not fallen"
+    at = early if comparison.turns_early(taken) else ""
+    return True, f"{like}, {share(taken)} of the dense cost{at}"
+
+
+def unlike(situation: Situation, comparison: Comparison) -> tuple[Literal[False] | None, str] | None:
+    """Return why a comparison does not cover a situation, whatever share of the dense cost is spent.
+
+    The result is as that of `inside`, or None if there is no such reason.
+    """
     if not of_its_init(situation, comparison):
         name = situation.built.recipe.init.name
         return False, f"found with init {' or '.join(comparison.inits)}, and init.name = {name}"
@@ -101,23 +153,13 @@ def inside(situation: Situation, comparison: Comparison) -> tuple[bool | None, s
             return False, f"{rounded(tokens)} tokens, found at {rounded(comparison.tokens)}"
         if not comparison.experts.complete:
             return None, f"{UNREAD}, nor are the settings of init.name = {situation.built.recipe.init.name}"
-        return (
-            True,
-            f"{rounded(situation.plan.dense_parameters)} parameters, {rounded(tokens)} tokens are near",
-        )
-    assert comparison.share is not None
     if comparison.trained is not None:
         if situation.trained is None:
             return None, "it needs --dense-tokens, what the dense model was trained on"
         if not near(situation.trained, comparison.trained, NEAR):
             seen = " to ".join(f"{n:g}" for n in dict.fromkeys(comparison.trained))
             return False, f"{situation.trained:.2g} tokens per parameter seen before, found at {seen}"
-    taken, (low, high) = situation.share_of_cost, comparison.share
-    if taken is None:
-        return None, "it needs --dense-tokens, what the dense model was trained on"
-    if not low <= taken <= high:
-        return False, f"{share(taken)} of the dense cost, found at {share(low)} to {share(high)}"
-    return True, f"{rounded(situation.plan.dense_parameters)} parameters, {share(taken)} of the dense cost"
+    return None
 
 
 def of_its_init(situation: Situation, comparison: Comparison) -> bool:

@@ -38,6 +38,7 @@ class Experiment:
     variants: Mapping[str, Variant]
     script: str = "run"
     extra: float = 0.3  # FLOPs after the start, as a share of the start's
+    decay: float = 0.25  # the share of these at the end with a falling rate
     against: str | None = None  # the dense model that went on, if the experts come from another
 
     @property
@@ -258,6 +259,7 @@ def _comparison(measured: Measured) -> Comparison:
         share=(0.0, of.extra),
         ahead=measured.ahead,
         behind=measured.behind,
+        falling=(1 - of.decay) * of.extra,
         trained=(seen, seen),
         better=measured.better,
         against=of.against,

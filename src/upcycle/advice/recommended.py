@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from upcycle import settings
-from upcycle.advice import drop_ratio, recipe_file
+from upcycle.advice import drop_ratio, own_runs, recipe_file
+from upcycle.advice.comparison import passed
+from upcycle.advice.reading import readings
 from upcycle.advice.situation import Kind, Situation
 from upcycle.advice.verdict import Verdict, verdict
 from upcycle.blueprints.making import blueprint
@@ -36,6 +38,7 @@ PUBLISHED: Mapping[Kind, Mapping[str, Any]] = {
         "router": {"name": "expert_choice", "capacity_factor": 2.0},
     },
 }
+PLACE = {"upcycling": "ahead of", "dense continuation": "behind", None: "level with"}
 SLICES = {"init.name": "shuffle_slice"}
 GROUPS = {"init.name": "virtual_group", "router.init": "grouped"}
 USE = (
@@ -152,15 +155,16 @@ def _narrower(situation: Situation, made: Mapping[str, Any]) -> dict[str, Any]:
 def _equal_flops(situation: Situation, source: Checkpoint) -> list[str]:
     """Return how to make narrower experts of the dense FLOPs; nothing if the model cannot have them.
 
-    They are shuffled slices where our own runs cover the input and found them ahead, or else the virtual
-    groups of He et al. (arXiv 2410.07524).
+    They are shuffled slices, with what was measured, where our own runs reach the input: virtual groups ended
+    behind them in each of those. Elsewhere they are the virtual groups of He et al. (arXiv 2410.07524).
     """
     recipe, keys = situation.built.recipe, _narrower(situation, SLICES)
     if not keys:
         return []
-    why = ", which upcycle's own runs found ahead of dense continuation"
-    if not ((other := _with(situation, _put(recipe, keys), source)) and verdict(other).choice == "upcycling"):
-        why, keys = "", _narrower(situation, GROUPS)
+    other = _with(situation, _put(recipe, keys), source)
+    why = "" if other is None else _measured(other)
+    if not why:
+        keys = _narrower(situation, GROUPS)
         if _with(situation, _put(recipe, keys), source) is None:
             return []
     ratio = situation.plan.flops_per_token / situation.plan.dense_flops_per_token
@@ -168,6 +172,16 @@ def _equal_flops(situation: Situation, source: Checkpoint) -> list[str]:
         f"A token takes {ratio:.2f} times the dense FLOPs. For equal FLOPs, with narrower experts{why}, add",
         "  " + " ".join(f"--set {key}={value}" for key, value in keys.items()),
     ]
+
+
+def _measured(situation: Situation) -> str:
+    """Return what our own runs found of the experts in `situation`; empty if none of them reaches it."""
+    known = own_runs.COMPARISONS
+    if found := readings(situation, known):
+        run, better = found[0].run, found[0].better
+        return f", which upcycle's own runs found {PLACE[better]} dense continuation ({run.found})"
+    longest = passed(situation, known)
+    return "" if longest is None else f", which upcycle's own runs have for smaller budgets ({longest.found})"
 
 
 def _put(recipe: Recipe, keys: Mapping[str, Any]) -> dict[str, Any]:

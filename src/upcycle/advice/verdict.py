@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from upcycle.advice import comparison as compared
-from upcycle.advice import drop_ratio, published, scaling_law
+from upcycle.advice import drop_ratio, own_runs, published, scaling_law
 from upcycle.advice.comparison import Comparison
+from upcycle.advice.reading import Reading, readings
 from upcycle.advice.situation import Situation
 from upcycle.advice.statements import Choice, share
 from upcycle.system.wording import rounded
@@ -81,7 +82,7 @@ def _by_law(found: dict[Choice, float]) -> Verdict:
 def _by_results(situation: Situation) -> Verdict:
     scratch, why = _against_scratch(situation)
     beyond = "the fitted law does not reach this input"
-    runs = compared.covering(situation, published.EVERY_COMPARISON)
+    runs = readings(situation, published.EVERY_COMPARISON)
     if scratch == "above":
         return Verdict(
             choice="from scratch",
@@ -104,6 +105,8 @@ def _by_results(situation: Situation) -> Verdict:
             sure="rule of thumb",
             sentence=f"Not settled: {why}, and {beyond}: {MEASURE}.",
         )
+    if longest := compared.passed(situation, own_runs.COMPARISONS):
+        return _past(situation, longest, f"{beyond} and {why}")
     if _dense_tokens_would_help(situation):
         return Verdict(
             choice=None,
@@ -118,14 +121,34 @@ def _by_results(situation: Situation) -> Verdict:
     )
 
 
-def _by_run(situation: Situation, run: Comparison, rest: str) -> Verdict:
+def _past(situation: Situation, run: Comparison, rest: str) -> Verdict:
+    """Return the verdict on a budget past the longest run on models like this one."""
+    assert situation.share_of_cost is not None
+    assert run.share is not None
+    assert run.trained is not None
+    against = f" against {run.against}" if run.against else ""
+    place = (
+        f"{share(situation.share_of_cost)} of the dense cost is past the longest run ({share(run.share[1])})"
+    )
+    seen = f"whose dense model had seen {rounded(run.trained[0])} tokens per parameter"
+    return Verdict(
+        choice=None,
+        sure="not known",
+        sentence=f"Nothing is known about this budget: {place}, where upcycling ended {run.ended}"
+        f"{against} on models like this one ({run.paper}), {seen}; {rest}; {MEASURE}.",
+        unsettled="this budget is past the longest run on models like this one",
+    )
+
+
+def _by_run(situation: Situation, reading: Reading, rest: str) -> Verdict:
     """Return the verdict of the result that is nearest to the input."""
-    better = run.better_for(situation.share_of_cost)
+    run, better = reading.run, reading.better
     same = "at equal tokens, not equal FLOPs" if run.tokens else "at equal cost"
     same += f" against {run.against}" if run.against else ""
-    like = f"on models like this one {same} ({run.paper}){_place_of_run(situation, run)}"
+    like = f"on models like this one {same} ({run.paper}){_place_of_run(situation, reading)}"
     if better is None:
-        said = f"Too close to call between dense continuation and upcycling, which come out level {like}"
+        how = "which come out level" if reading.shorter is None else "as runs disagree"
+        said = f"Too close to call between dense continuation and upcycling, {how} {like}"
         rest += f"; {MEASURE}"
     else:
         own = situation.built.recipe.init.name
@@ -134,14 +157,15 @@ def _by_run(situation: Situation, run: Comparison, rest: str) -> Verdict:
     return Verdict(choice=better, sure="published runs", sentence=f"{said}; {rest}.")
 
 
-def _place_of_run(situation: Situation, run: Comparison) -> str:
+def _place_of_run(situation: Situation, reading: Reading) -> str:
     """Return how long the dense model of a result was trained, and where upcycling stood along the way."""
+    run = reading.run
     if run.trained is None or situation.share_of_cost is None:
         return ""
     seen, here = rounded(run.trained[0]), share(situation.share_of_cost)
     return (
         f", the nearest of which had seen {seen} tokens per parameter: upcycling was {run.stood}, and this "
-        f"budget is {here} of the dense cost"
+        f"budget is {here} of the dense cost{reading.caveat}"
     )
 
 

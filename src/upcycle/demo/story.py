@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from upcycle.api.evaluation import Evaluation, evaluate
 from upcycle.api.inspection import inspect
-from upcycle.api.reporting import report
 from upcycle.blueprints.cost import Plan, plan_of
 from upcycle.conversion.write import convert
+from upcycle.demo import long_run
 from upcycle.demo.corpus import HELD_OUT, Corpus
 from upcycle.errors import UpcycleError
 from upcycle.recipe import Recipe
-from upcycle.reporting import drawing
+from upcycle.reporting import drawing, report
 from upcycle.system.wording import size
 from upcycle.verification import Proof, verify
 
@@ -107,8 +107,9 @@ def run(folder: Path, audience: Audience, *, seconds: float, seed: int) -> list[
     _evaluate(folder, corpus, audience, [row.name for row in continued])
     folders = [folder / kind / row.name for row in continued for kind in ("runs", "trained")]
     page = folder / "report.html"
-    written = report(folders, page, markdown=folder / "report.md", title="upcycle demo")
-    for trouble in written.troubles:
+    beside = (long_run.section(),)
+    troubles = report(folders, page, markdown=folder / "report.md", title="upcycle demo", further=beside)
+    for trouble in troubles:
         audience.say(trouble)
     audience.continued(continued, page)
     return continued

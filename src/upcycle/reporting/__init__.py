@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from upcycle.errors import UpcycleError
 from upcycle.system import claim, whole_file
+
+if TYPE_CHECKING:
+    from upcycle.reporting.document import Section
 
 TITLE = "Upcycling report"
 
@@ -19,13 +23,14 @@ def report(
     title: str = TITLE,
     dense_flops: float | None = None,
     dense_tokens: float | None = None,
+    further: Sequence[Section] = (),
 ) -> list[str]:
     """Write the page `out` about runs and checkpoints, and return a sentence for each problem with them.
 
     `markdown` names a Markdown file with the same content, with PNGs in `figures` beside it. `dense_flops`
     and `dense_tokens` are the training cost of the dense checkpoint that runs start from, used if no
-    provenance has it. An earlier report is replaced; any other file raises an error. Raises `UpcycleError` if
-    nothing can be shown.
+    provenance has it. `further` are sections that end the report. An earlier report is replaced; any other
+    file raises an error. Raises `UpcycleError` if nothing can be shown.
     """
     from upcycle.reporting import drawing, page, sections
     from upcycle.reporting import markdown as twin
@@ -44,7 +49,7 @@ def report(
     if text is not None:
         _refuse_foreign(text, twin.SIGN)
     about = study(folders, DenseCost(flops=dense_flops, tokens=dense_tokens))
-    document = sections.document(about, title)
+    document = sections.document(about, title, further)
     files = {out: page.render(document).encode("utf-8", "replace")}
     if text is not None:
         written, figures = twin.render(document, text.stem)

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 
 from upcycle.cli.screen import grid, out
 from upcycle.cli.views.scores import show_scores
+from upcycle.demo.long_run import LongRun, long_run
 from upcycle.errors import listed
 from upcycle.system.wording import count
 
 if TYPE_CHECKING:
     from upcycle.api.evaluation import Evaluation
     from upcycle.demo.story import Continued, Made
+
+SHOWN = (0, 2, 6, 11, 22, 30)  # per cent of extra FLOPs that are shown of the longer training
 
 
 class Screening:
@@ -72,4 +75,23 @@ def show_continued(rows: Sequence[Continued], page: Path) -> None:
         f"model at {dense.after:.3f}: upcycling {'gained' if gained > 0 else 'lost'} {abs(gained):.3f} "
         f"(one seed)."
     )
-    out.print("docs/results.md has the curves of longer trainings, and says where an MoE comes out ahead.")
+    show_long_run(long_run(), dense.flops)
+
+
+def show_long_run(run: LongRun, spent: float) -> None:
+    """Show what a longer training gave, beside a demo that spent so many FLOPs on each model."""
+    out.print(
+        f"\nThat was {100 * spent / run.start_flops:.2g} % of what the dense model's own training cost."
+    )
+    out.print(run.about)
+    table = grid("", "extra FLOPs", *run.losses)
+    for place in sorted({_nearest(run, extra) for extra in SHOWN}):
+        table.add_row(
+            f"{run.extra[place]:.0f} %", *(f"{losses[place]:.4f}" for losses in run.losses.values())
+        )
+    out.print(table)
+    out.print(run.ends)
+
+
+def _nearest(run: LongRun, extra: float) -> int:
+    return min(range(len(run.extra)), key=lambda place: abs(run.extra[place] - extra))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from upcycle.reporting.document import Document
+from collections.abc import Iterable
+
+from upcycle.reporting.document import Document, Section
 from upcycle.reporting.sections import built, losses, routers, similarity, speed, summary, tasks
 from upcycle.reporting.study import Study
 
 ORDER = (summary, built, losses, tasks, routers, similarity, speed)
 
 
-def document(study: Study, title: str) -> Document:
-    """Return the whole report; a section that has nothing to show is left out."""
+def document(study: Study, title: str, further: Iterable[Section] = ()) -> Document:
+    """Return the whole report, which ends with `further`; a section that has nothing to show is left out."""
     made = [part.section(study) for part in ORDER]
-    return Document(title=title, sections=tuple(section for section in made if section is not None))
+    return Document(title=title, sections=(*(section for section in made if section is not None), *further))
