@@ -726,6 +726,9 @@ def test_bad_settings(name: str, table: Table) -> None:
         ({"WORLD_SIZE": "x"}, "WORLD_SIZE = 'x' in the environment is no number"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE = 2 and there is no RANK, MASTER_ADDR, MASTER_PORT"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE = '0'"),
+        ({"RANK": "1"}, "RANK = 1 and there is no WORLD_SIZE in the environment; .* or unset RANK"),
+        ({"RANK": "x"}, "RANK = 'x' in the environment is no number"),
+        ({"RANK": "1", "WORLD_SIZE": "1"}, "RANK = 1 and WORLD_SIZE = 1; start with torchrun"),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK = '-1'"),
     ],
 )
