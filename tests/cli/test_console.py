@@ -187,6 +187,28 @@ def test_ctrl_c_is_ctrl_c_whatever_a_library_makes_of_it(monkeypatch, capsys):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.parametrize("own_code", [None, 0, 1])
+def test_ctrl_c_that_python_drops_is_no_success(own_code, monkeypatch, capsys):
+    """As it does in a callback of the import system: it writes 'Exception ignored in' and goes on."""
+    from upcycle.cli import catalogue
+
+    everything = catalogue.everything
+
+    def goes_on():
+        with suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        if own_code is not None:
+            sys.exit(own_code)
+        return everything()
+
+    monkeypatch.setattr(catalogue, "everything", goes_on)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["list"])
+    assert exit_.value.code == 130
+    assert capsys.readouterr().err == f"upcycle: {cli.GO_ON}\n"
+
+
 @pytest.mark.parametrize(
     ("line", "codes"),
     [

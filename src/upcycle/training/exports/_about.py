@@ -6,9 +6,11 @@ from pathlib import Path
 
 from upcycle import targets, tasks
 from upcycle.conversion import card, provenance
+from upcycle.conversion.plain import plain
 from upcycle.records.provenance import Provenance, Training
 from upcycle.training.exports import Trained
 from upcycle.training.exports._beside import Laid
+from upcycle.training.start import Start
 
 
 def provenance_of(trained: Trained, folder: Path, laid: Laid) -> Provenance:
@@ -78,23 +80,30 @@ def card_of(trained: Trained) -> str:
     if begun.built:
         kind = f"{begun.built.target.kind} dense model" if not moe else "Mixture of Experts"
         kind += " made from"
-    what = f"random weights of the shape of `{begun.dense.checkpoint.name}`"
-    source = what if begun.from_scratch else f"`{begun.dense.checkpoint.name}`"
     return f"""---
 library_name: transformers
 tags: [{"mixture-of-experts, upcycled" if moe else "upcycle"}]
 ---
 
-# {trained.name}
+# {plain(trained.name)}
 
-A `{begun.config["model_type"]}` {kind} {source}, trained with `upcycle train` for {state.step} steps of
-{trained.run.train.rows:,} rows. It has {begun.parameters:,} parameters, {begun.active_parameters:,} active.
+A `{begun.config["model_type"]}` {kind} {_source(begun)}, trained with `upcycle train`
+for {state.step} steps of {trained.run.train.rows:,} rows. It has {begun.parameters:,} parameters,
+{begun.active_parameters:,} active.
 {_measured(trained)}
 ## Load
 
 {card.how_to_load(target, begun.config, begun.architecture)}
 `upcycle.json` beside this file holds the recipe, the run file and the hashes of the source.
 """
+
+
+def _source(begun: Start) -> str:
+    """Return what the weights were before the run: random, or those of checkpoints."""
+    dense = begun.dense
+    if begun.from_scratch:
+        return f"random weights of the shape of {card.made_from([dense.checkpoint])}"
+    return card.made_from(begun.built.checkpoints if begun.built else [dense.checkpoint, *dense.others])
 
 
 def _measured(trained: Trained) -> str:
