@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 
 import numpy as np
@@ -13,13 +14,17 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import tiny
+import tiny_wrappers
 import upcycle
 from arrays import made, stored
 from marks import quick
 from upcycle import Recipe, blueprint, convert, families, plan, verify
 from upcycle.calibration.calibration import ToCalibrate, calibrate
+from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.header import read_metadata
 from upcycle.cli.views.plan import show_plan
+from upcycle.dense import successors
+from upcycle.dense.admission import admit
 from upcycle.errors import UpcycleError
 from upcycle.families._narrowing import narrowable
 from upcycle.init import Site, _selecting, co_activation
@@ -534,12 +539,79 @@ def test_thinned_universal_neurons():
         ({"init": {"name": "co_activation", "statistic": "l1"}}, "--collect l1,co_activation --out FILE"),
         ({"init": {"name": "importance", "statistics": "nowhere.safetensors"}}, "does not exist"),
         ({"init": {"name": "uniform"}, "moe": {"expert_width": 24, "granularity": 2}}, "give one"),
+        (
+            {
+                "init": {"name": "random", "preset": "repo"},
+                "router": {"name": "spherical"},
+                "moe": {"expert_width": 24, "universal_experts": 2, "universal_width": 25},
+            },
+            "25 is more than the 24 neurons of the other experts",
+        ),
     ],
 )
 def test_mistakes(recipe, said, big):
     moe = {**MOE, **recipe.get("moe", {})}
     with pytest.raises(UpcycleError, match=said):
         blueprint(big, Recipe.of({**recipe, "moe": moe}))
+
+
+def test_what_stands_around_a_text_model_cannot_be_narrowed(tmp_path):
+    """Its projector gives channels of the width that the text model had."""
+    source = tiny_wrappers.make(tmp_path / "llava", "llava")
+    table = {"init": {"name": "random"}, "successor": {"hidden_size": 16}}
+    with pytest.raises(UpcycleError, match="part-only text"):
+        blueprint(source, Recipe.of(table, moe={"num_experts": 4}))
+
+
+@pytest.mark.parametrize("target", ["mixtral", "upcycled", "dense"])
+def test_a_text_model_that_is_taken_out_is_narrowed(target, tmp_path):
+    source = tiny_wrappers.make(tmp_path / "llava", "llava")
+    moe = {"target": target, "part_only": "text", **({} if target == "dense" else {"num_experts": 4})}
+    recipe = Recipe.of(moe=moe, init={"name": "uniform"}, successor={"hidden_size": 16})
+    convert(source, tmp_path / "text", recipe)
+    proof = verify(source, tmp_path / "text")
+    assert proof.holds, proof.checks
+    whole = tiny_wrappers.built("llava").model.language_model
+    embedding = upcycle.open(tmp_path / "text").get_input_embeddings().weight
+    assert torch.equal(embedding, whole.get_input_embeddings().weight[:, ::2])
+
+
+def test_a_deeper_text_model_that_is_taken_out_names_its_class(tmp_path):
+    source = tiny_wrappers.make(tmp_path / "llava", "llava")
+    convert(source, tmp_path / "deep", Recipe.of(moe={"target": "depth_tiled", "part_only": "text"}))
+    assert type(upcycle.open(tmp_path / "deep")).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("target", "named"),
+    [("native", "MixtralModel"), ("upcycled", "UpcycledLlamaModel"), ("dense", "LlamaModel")],
+)
+def test_a_narrow_decoder_without_a_head_has_none(target, named, tmp_path):
+    source = tiny.make(tmp_path / "source", "LlamaModel")
+    moe = {"target": target, **({} if target == "dense" else {"num_experts": 4})}
+    recipe = Recipe.of(moe=moe, init={"name": "uniform"}, successor={"hidden_size": 16})
+    convert(source, tmp_path / "narrow", recipe)
+    assert verify(source, tmp_path / "narrow").holds
+    model = upcycle.open(tmp_path / "narrow")
+    assert type(model).__name__ == named
+    assert model(torch.arange(12)[None]).last_hidden_state.isfinite().all()
+
+
+def test_a_head_that_no_family_describes_cannot_be_narrowed(tmp_path):
+    source = tiny.make(tmp_path / "masked", "ViTForMaskedImageModeling", **BIG)
+    recipe = Recipe.of(moe={"target": "dense"}, init={"name": "uniform"}, successor={"hidden_size": 16})
+    with pytest.raises(UpcycleError, match=r"holds decoder\.0\.bias, .*give a checkpoint without them"):
+        blueprint(source, recipe)
+
+
+def test_blocks_that_predict_further_tokens_are_not_narrowed(tmp_path):
+    """They would keep the source's width, and nothing reads such blocks."""
+    layers = {"layer_types": ["full_attention"] * 4}
+    source = tiny.make_dense(tmp_path / "source", "qwen3_5_text", **layers)
+    dense = dataclasses.replace(admit(Checkpoint.open(source)), keeps_further=True)
+    recipe = Recipe.of(init={"name": "uniform"}, successor={"hidden_size": 16})
+    with pytest.raises(UpcycleError, match=r"moe\.mtp = keep"):
+        successors.narrowed(dense, recipe)
 
 
 def test_a_family_that_cannot_be_narrowed_says_so(tmp_path):
@@ -559,14 +631,6 @@ def test_memory_of_a_choice_is_that_of_the_predecessor(big, tmp_path):
     same = Recipe.of(moe={**MOE, "expert_width": 48}, init=init)
     narrow = Recipe.of(moe={**MOE, "expert_width": 48}, init=init, successor={"hidden_size": 16})
     assert plan(big, narrow).peak_memory_bytes == plan(big, same).peak_memory_bytes
-
-
-def test_a_rest_of_another_size_is_refused(big):
-    with pytest.raises(UpcycleError, match=r"successor\.rest"):
-        blueprint(
-            big,
-            Recipe.of(moe=MOE, init={"name": "uniform"}, successor={"hidden_size": 16, "rest": str(big)}),
-        )
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,8 @@ def _of_new_layers(built: Blueprint, site: Site) -> list[str]:
             "capacity in a causal stack: places are counted over the tokens at hand, so that generation with "
             "a cache, which sees one token at a time, drops none and differs from training"
         )
+    if _leaves_weights_out(built) and not any(part.router.has_slots for part in built.parts.values()):
+        out.append("weights are left out: the function is not kept, and the model has to be trained")
     for part in built.parts.values():
         if part.router.has_slots:
             out.append(f"a slot of {part.router.name} mixes tokens: the function is not kept")
@@ -166,6 +168,12 @@ def _of_new_layers(built: Blueprint, site: Site) -> list[str]:
             f"(top_k = num_experts)"
         )
     return out
+
+
+def _leaves_weights_out(built: Blueprint) -> bool:
+    """Return whether the result lacks weights of the dense model that its function takes."""
+    init, narrower = built.recipe.init, built.dense.whole is not built.dense
+    return init.selects and (narrower or not all(map(init.preserves, built.sites)))
 
 
 def _causal(built: Blueprint) -> list[Recipe]:

@@ -178,7 +178,8 @@ class Alone(Within):
     def config(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
         own = super().config(raw)
         known = families.find(str(own["model_type"]))
-        return {**own, "model_type": known.alone or known.model_type}
+        family = families.find(known.alone) if known.alone else known
+        return {**own, "model_type": family.model_type, "architectures": [family.architectures[0]]}
 
     def known_by(self, config: Config, raw: Mapping[str, Any]) -> Config:
         within = super().config(raw)
@@ -191,7 +192,7 @@ class Alone(Within):
         return own
 
     def outer(self, family: Family, raw: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {**family.tidied(self.config(raw)), "architectures": [family.architectures[0]]}
+        return family.tidied(self.config(raw))
 
     def around(self, target: Target) -> Target:
         return target

@@ -13,7 +13,8 @@ from typing import Any
 
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.hub import Opener, open_checkpoint
-from upcycle.dense.admission import admit
+from upcycle.dense.places import Alone, Part
+from upcycle.dense.rests import admit_rest
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError, listed
 from upcycle.families import Config
@@ -99,14 +100,20 @@ class Narrowed(Dense):
         if self.rest is None:
             return {}
 
-        def become(dense: Dense, name: str) -> bool:
-            return any(dense.stack(stack).owns(name, i) for stack, i in experts)
+        def names(dense: Dense, *, of_experts: bool) -> list[str]:
+            """Return the stored names of the tensors that become experts, or of the others."""
+            return [
+                info.name
+                for name, tensor in dense.tensors.items()
+                if any(dense.stack(stack).owns(name, i) for stack, i in experts) == of_experts
+                for info in tensor.sources()
+            ]
 
-        mine = [n for n in self.predecessor.tensors if not become(self.predecessor, n)]
-        theirs = [f"{self.rest.checkpoint.label}: {n}" for n in self.rest.tensors if become(self.rest, n)]
+        label, mine = self.rest.checkpoint.label, names(self.predecessor, of_experts=False)
+        theirs = dict.fromkeys(names(self.rest, of_experts=True), "experts come from the predecessor")
         return {
             **dict.fromkeys(mine, "successor.rest has what is no expert"),
-            **dict.fromkeys(theirs, "experts come from the predecessor"),
+            **{f"{label}: {name}": why for name, why in {**theirs, **self.rest.left_out}.items()},
         }
 
     @property
@@ -131,36 +138,49 @@ def narrowed(
             f"[successor] needs an initialisation that chooses weights: importance, co_activation, uniform "
             f"or random; init.name = {init.name} does not"
         )
+    if isinstance(predecessor.place, Part) and not isinstance(predecessor.place, Alone):
+        raise UpcycleError(
+            "[successor] makes a narrower model of a whole checkpoint, and what stands around this text "
+            "model fits its width; --part-only text (moe.part_only) takes the text model out first"
+        )
+    if predecessor.keeps_further:
+        raise UpcycleError(
+            "moe.mtp = keep: blocks that predict further tokens have the source's width, and [successor] "
+            "makes a narrower model; set it to drop"
+        )
     family = narrowable(predecessor.family)
-    family.axes(predecessor.config)  # refuses a config that cannot be narrowed
+    axes = family.axes(predecessor.config)  # refuses a config that cannot be narrowed
     hidden, width = _widths(predecessor, wanted)
     changed = family.narrowed(predecessor.config, hidden, width)
     config = family.config({**predecessor.raw, **changed})
-    rest = None
-    if wanted.rest != "predecessor":
-        rest = admit(opener(wanted.rest, allow_nonfinite=allow_nonfinite, label="rest"))
-        shapes = {n: t.shape for n, t in rest.tensors.items()}
-        body = {
-            n: s for n, s in family.shapes(config).items() if "classifier" not in n and "lm_head" not in n
-        }
-        different = sorted(n for n, s in body.items() if shapes.get(n) != s)
-        if rest.family is not family or different:
-            raise UpcycleError(
-                f"successor.rest: {rest.checkpoint.folder} is not a {family.model_type} of its size"
-                + (f" ({listed(different)} differ)" if different else "")
-            )
+    if wanted.rest == "predecessor":
+        _refuse_unknown(predecessor, axes)
+        rest = None
+    else:
+        opened = opener(wanted.rest, allow_nonfinite=allow_nonfinite, label="rest")
+        rest = admit_rest(opened, predecessor, config)
         config = rest.config
     return Narrowed(
         checkpoint=predecessor.checkpoint,
         family=family,
         config=config,
         left_out=predecessor.left_out,
+        place=(rest or predecessor).place,
         predecessor=predecessor,
         rest=rest,
         init=init,
         seed=recipe.seed,
         changed=changed,
     )
+
+
+def _refuse_unknown(predecessor: Dense, axes: Axes) -> None:
+    """Refuse tensors outside what the family describes, such as those of a head that it does not list."""
+    if unknown := sorted(predecessor.tensors.keys() - axes.keys()):
+        raise UpcycleError(
+            f"{predecessor.checkpoint.folder} holds {listed(unknown)}, and upcycle does not know which of "
+            f"their axes are channels; give a checkpoint without them, or leave [successor] out"
+        )
 
 
 def _widths(predecessor: Dense, wanted: Successor) -> tuple[dict[str, int], dict[str, int]]:

@@ -163,6 +163,11 @@ class Init(Named, abc.ABC):
                 f"an expert of {max(site.width, site.universal_width)} neurons cannot be chosen from a "
                 f"network of {site.dense_width}; lower moe.expert_width or moe.universal_width"
             )
+        if site.universal_width > site.width:
+            raise UpcycleError(
+                f"moe.universal_width = {site.universal_width} is more than the {site.width} neurons of the "
+                f"other experts; universal experts are the narrower ones, so lower it (0 means a quarter)"
+            )
         if site.granularity > 1 and not self.fine_grained:
             raise UpcycleError(
                 f"init {self.name} makes experts as wide as the dense network, and moe.granularity is "

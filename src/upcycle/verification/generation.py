@@ -96,7 +96,8 @@ def generation(built: Blueprint) -> list[Generation]:
     if not causal or not {"input_ids", "decoder_input_ids"} & {*kinds}:
         return []
     heard = {} if "input_ids" in kinds else {n: k for n, k in kinds.items() if n != "decoder_input_ids"}
-    if not dense.architecture.endswith((*CAUSAL_HEADS, "ForConditionalGeneration")):
+    speak = (*CAUSAL_HEADS, "ForConditionalGeneration")  # a successor's head may not be the source's
+    if not all(model.architecture.endswith(speak) for model in (dense, dense.whole)):
         return []
     switches = dense.family.switches(dense.config)
     length = dense.family.length(dense.config)

@@ -58,7 +58,18 @@ class Outputs:
         return output if self.kept is None or output.shape[:2] != self.kept.shape else output[self.kept]
 
     def compare(self, dense: torch.Tensor, moe: torch.Tensor, stored: torch.Tensor | None) -> Check:
-        """Return the check of the largest difference of outputs of one shape, relative to the largest one."""
+        """Return the check of the largest difference, relative to the largest output of the dense model.
+
+        A model that promises another function may have outputs of another shape. What must hold then is that
+        they are numbers where the dense model's are.
+        """
+        promised = self.built.preserves_function
+        if not moe.isfinite().all() and dense.isfinite().all():
+            said = "the result gives infinities or NaN, and the dense model does not"
+            return Check(name=self.name, holds=False, detail=said)
+        if dense.shape != moe.shape:
+            said = f"outputs have other shapes, {[*dense.shape]} and {[*moe.shape]}; nothing to compare"
+            return Check(name=self.name, holds=False if promised else None, detail=said)
         difference = Difference(
             max_difference=float((dense - moe).abs().max()),
             scale=float(dense.abs().max()),
@@ -68,7 +79,7 @@ class Outputs:
         )
         self.found[self.name.removeprefix("logits, ")] = difference
         said = self._said(difference)
-        if not self.built.preserves_function:
+        if not promised:
             return Check(name=self.name, holds=None, detail=said + "; none promised by this recipe")
         return Check(name=self.name, holds=difference.relative <= TOLERANCE, detail=said)
 

@@ -61,9 +61,9 @@ def sides(built: Blueprint, out: Path) -> list[Side]:
     """Return the dense model, the MoE, and the dense model as it is stored if the MoE is rounded."""
     import torch
 
-    source, raw = built.source.folder, built.source.config
+    source, raw, whole = built.source.folder, built.source.config, built.dense.whole
     # A class around the model that upcycle does not know is the one that config.json names.
-    name = built.dense.architecture or str((raw.get("architectures") or [""])[0])
+    name = whole.architecture or str((raw.get("architectures") or [""])[0])
     rounded = None if built.recipe.dtype == "source" else getattr(torch, built.recipe.dtype)
     types = (str(raw["model_type"]), built.dense.family.model_type)
     dense = Side(role="source", folder=source, model_types=types, architecture=name)
@@ -147,7 +147,7 @@ def _open(built: Blueprint, side: Side) -> tuple[PreTrainedModel, str]:
             f"converted"
         )
     if not side.one_by_one:
-        opening.tie_dropped(model, built.dense)
+        opening.tie_dropped(model, built.dense.whole)
     model = model.float().eval()
     if side.dtype is not None:
         _round(model, side.dtype)
