@@ -176,6 +176,45 @@ def test_the_recipes_that_are_shipped(path, dense, tmp_path):
         assert run.optimizer.carry_state
 
 
+def test_the_numbers_of_sparse_upcycling():
+    """The presets have those of the paper, for vision and for language."""
+    folder = Path(__file__).parents[1] / "recipes"
+    given = ["source=a", "out=b"]
+    vit = Run.load(folder / "sparse_upcycling_vit.toml", given)
+    router = {
+        "name": "expert_choice",
+        "capacity_factor": 2.0,
+        "normalize": True,
+        "init": "normal",
+        "std": 0.02,
+    }
+    assert vit.recipe is not None
+    assert has(vit.recipe.router, **router, rescale=True, rounding="exact", group=0)
+    moe = {"num_experts": 32, "target": "upcycled", "granularity": 1, "shared_experts": 0}
+    assert has(vit.recipe.moe, **moe, layers="last_half", pooling="mean")
+    assert has(vit.train, batch_size=4096, steps=100_000)
+    assert has(vit.optimizer, carry_state=True, weight_decay=0.03)
+    assert has(vit.schedule, name="inverse_sqrt", peak=1e-3, warmup=10_000, decay=50_000)
+    t5 = Run.load(folder / "sparse_upcycling_t5.toml", given)
+    assert t5.recipe is not None
+    assert has(t5.recipe.moe, **moe, layers="every_other", top_k=2)
+    encoder, decoder = (t5.recipe.at(stack).router for stack in ("encoder", "decoder"))
+    raw = {"normalize": False, "rescale": False, "std": 0.02}
+    assert has(encoder, **{**router, **raw}, rounding="exact")
+    assert has(decoder, **raw, name="top_k", capacity_factor=2.0, rounding="flaxformer", batch_priority=False)
+    assert has(decoder, noise_std=0.0)
+    assert has(t5.router, balance_loss="per_layer", balance_loss_coef=0.01, layers="mean", z_loss_coef=0.0)
+    assert has(t5.router, importance_loss_coef=0.0, load_loss_coef=0.0, jitter=0.0)
+    assert has(t5.train, batch_size=128, sequence_length=512, steps=500_000, clip_grad_norm=0.0, dropout=0.0)
+    assert has(t5.schedule, name="inverse_sqrt", peak=1e-2, warmup=10_000, start_step=1_000_000)
+
+
+def has(table, **wanted):
+    """Whether a table has these values; whoever fails sees which differ."""
+    assert {key: getattr(table, key) for key in wanted} == wanted
+    return True
+
+
 def test_not_toml(tmp_path):
     (tmp_path / "x.toml").write_text("a = = 1")
     with pytest.raises(UpcycleError, match="is not TOML"):

@@ -23,7 +23,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from conftest import SHARED
 from upcycle import settings
-from upcycle.data import augmentation, images
+from upcycle.data import augmentation, image_files, images
 from upcycle.data.augment import Augment
 from upcycle.data.examples import Examples
 from upcycle.data.images import ImageSet
@@ -168,6 +168,40 @@ def test_colour_and_grey(mode: str, channels: int, opened: Open, tmp_path: Path)
     assert pixels.shape == (1, 8, 8, channels)
     converted = wanted.convert("L" if channels == 1 else "RGB")
     np.testing.assert_array_equal(pixels.squeeze(), np.asarray(converted))
+
+
+@pytest.mark.parametrize(
+    ("kind", "format"), [("gif", "GIF"), ("tif", "TIFF"), ("TIFF", "TIFF"), ("ppm", "PPM")]
+)
+def test_formats_of_other_endings(kind: str, format: str, opened: Open, tmp_path: Path) -> None:
+    """Of several images in a file, the first counts."""
+    first, second = (p.quantize(16) if kind == "gif" else p.copy() for p in PICTURES[:2])
+    out = io.BytesIO()
+    more = {} if kind == "ppm" else {"save_all": True, "append_images": [second]}
+    first.save(out, format, **more)
+    found = opened(write_folder(tmp_path / "data", [out.getvalue()], [0], kind))
+    np.testing.assert_array_equal(found.read(np.arange(1))[0], np.asarray(first.convert("RGB")))
+
+
+def test_endings_are_those_that_pillow_reads() -> None:
+    for ending in image_files.endings():
+        assert Image.registered_extensions()[ending] in Image.OPEN
+    assert {".png", ".jpg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"} <= set(image_files.endings())
+
+
+def test_files_that_are_not_read_are_counted(opened: Open, tmp_path: Path, caplog) -> None:
+    path = write_folder(tmp_path / "data", [encoded(PICTURES[0])], [0])
+    opened(path)
+    assert "not read" not in caplog.text
+    for name in ("class_0/a.svg", "class_0/B.SVG", "labels.csv", "class_0/.DS_Store"):
+        (path / name).write_text("no image")
+    caplog.set_level("INFO", "upcycle")
+    assert len(opened(path)) == 1
+    assert "3 files are not read, because of their endings (.SVG, .csv, .svg); those with .png" in caplog.text
+    write_parquet(path / "a.parquet", [encoded(PICTURES[0])], [0])
+    opened(path)
+    assert "4 files are not read" in caplog.text
+    assert "those with .parquet are" in caplog.text
 
 
 def test_images_behind_links_are_read(opened: Open, tmp_path: Path) -> None:
@@ -614,7 +648,10 @@ def test_other_images_with_the_same_labels(tmp_path: Path) -> None:
     first = made(1)
     (pixels,) = (tmp_path / "cache").glob("*.pixels")
     whole = pixels.read_bytes()
-    with pytest.raises(UpcycleError, match="has other images than it had when the checkpoint was saved"):
+    with pytest.raises(
+        UpcycleError,
+        match=r"other images than it had when .*\(if the run began in an earlier version",
+    ):
         made(200).restore(first.state())
     made(1).restore(first.state())
     for path in (tmp_path / "cache").glob("*.pixels"):

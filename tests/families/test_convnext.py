@@ -87,7 +87,10 @@ def test_layers_are_counted_through_all_stages(layers, wanted, headers):
     [
         ({"moe": {**MOE, "layers": [18]}}, r"has \[18\]; the model has layers 0 to 17"),
         ({"moe": MOE, "stage_4": {"moe": {"layers": [0]}}}, r"stage_4\.moe\.layers: a model has one"),
-        ({"moe": {**MOE, "pooling": "mean"}}, "convnext has none"),
+        (
+            {"moe": {**MOE, "pooling": "mean"}},
+            "convnext has none; leave its head as it is: --set moe.pooling=class_token",
+        ),
         ({"moe": {"num_experts": 4}}, "no exact native MoE"),
         ({"moe": MOE, "decoder": {"moe": {"top_k": 1}}}, "it has stage_1, stage_2, stage_3, stage_4"),
         (

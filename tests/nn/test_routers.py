@@ -514,23 +514,26 @@ def test_balance_loss_is_k_at_uniform_routing(top_k):
     assert load_balancing_loss(routing.probabilities, routing.counts, 16).item() == pytest.approx(E)
 
 
-# d = 768, router N(0, 0.02^2), inputs of unit RMS: what a token's weights sum to for C = 1, 2, 3, 5, those of
-# top-2, and the share of tokens without an expert for C = 1, 2, 3.
+# By width and experts, for a router N(0, 0.02^2) and inputs of unit RMS: what a token's weights sum to for
+# C = 1, 2, 3, 5, those of top-2, and the share of tokens without an expert for C = 1, 2, 3.
 STEP_0 = {
-    8: ((0.25, 0.43, 0.58, 0.80), 0.42, (0.20, 0.005, 0.0)),
-    32: ((0.09, 0.16, 0.22, 0.32), 0.155, (0.29, 0.056, 0.006)),
-    128: ((0.03, 0.05, 0.08, 0.11), 0.05, (0.33, 0.10, 0.026)),
+    (768, 8): ((0.25, 0.43, 0.58, 0.80), 0.42, (0.20, 0.005, 0.0)),
+    (768, 32): ((0.09, 0.16, 0.22, 0.32), 0.155, (0.29, 0.056, 0.006)),
+    (2048, 32): ((0.155, 0.250, 0.325, 0.445), 0.244, (0.255, 0.035, 0.0023)),
+    (768, 128): ((0.03, 0.05, 0.08, 0.11), 0.05, (0.33, 0.10, 0.026)),
 }
 
 
-@pytest.mark.parametrize("num_experts", STEP_0)
-def test_how_much_of_the_dense_network_is_there_at_step_0(num_experts):
-    """Without renormalised weights, in four groups of 4,096 tokens each."""
-    sums, top_2, unrouted = STEP_0[num_experts]
+@pytest.mark.parametrize(("width", "num_experts"), STEP_0)
+def test_how_much_of_the_dense_network_is_there_at_step_0(width, num_experts):
+    """Without renormalised weights, in four groups of 4,096 tokens each, or two of a wide model."""
+    sums, top_2, unrouted = STEP_0[width, num_experts]
+    groups = 4 if width < 1024 else 2
+    count = groups * 4096
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(4, 4096, 768, generator=generator)
+    hidden = torch.randn(groups, 4096, width, generator=generator)
     hidden /= hidden.square().mean(-1, keepdim=True).sqrt()
-    weight = torch.randn(num_experts, 768, generator=generator) * 0.02
+    weight = torch.randn(num_experts, width, generator=generator) * 0.02
 
     def route(**table):
         settings = routers.read({"normalize": False, **table})
@@ -539,10 +542,10 @@ def test_how_much_of_the_dense_network_is_there_at_step_0(num_experts):
 
     for place, factor in enumerate((1.0, 2.0, 3.0, 5.0)):
         routing = route(name="expert_choice", capacity_factor=factor)
-        # Half of the last digit, and what 16,384 tokens leave to chance.
-        assert float(routing.dispatch.weights.sum()) / 16384 == pytest.approx(sums[place], abs=0.007)
+        # Half of the last digit, and what this many tokens leave to chance.
+        assert float(routing.dispatch.weights.sum()) / count == pytest.approx(sums[place], abs=0.007)
         if place < 3:
-            share = int(routing.left_behind) / 16384
+            share = int(routing.left_behind) / count
             assert share == pytest.approx(unrouted[place], abs=(0.012, 0.005, 0.003)[place])
     assert float(route(name="top_k").dispatch.weights.sum(-1).mean()) == pytest.approx(
         top_2, rel=0.02, abs=0.004

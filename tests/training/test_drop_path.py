@@ -237,3 +237,44 @@ def test_dropout_reaches_all_experts_and_no_config(vit: Path) -> None:
     assert torch.equal(model.eval()(pixels).logits, plain)
     torch.manual_seed(0)
     assert not torch.allclose(model.train()(pixels).logits, plain, atol=1e-3)
+
+
+ALL_DROPOUT = {
+    "t5": ("T5ForConditionalGeneration", {}),
+    "bert": ("BertForMaskedLM", {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}),
+    "gpt2": ("GPT2LMHeadModel", {}),
+    "vit": ("ViTForImageClassification", {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}),
+}
+
+
+@pytest.mark.parametrize("moe", [None, {**UPCYCLED["moe"], "layers": [1]}], ids=["dense", "experts"])
+@pytest.mark.parametrize("name", ALL_DROPOUT)
+def test_dropout_of_the_whole_model(name: str, moe: dict[str, Any] | None, tmp_path: Path) -> None:
+    """At 0, training draws nothing; at another rate, the rates of all modules are that one."""
+    architecture, changes = ALL_DROPOUT[name]
+    source = tiny.make(tmp_path / name, architecture, **changes)
+    options = {} if moe is None else {"moe": moe}
+    plain = trainee(source, {}, **options)
+    inputs = plain.model.dummy_inputs
+    if name == "vit":
+        inputs = {"pixel_values": torch.rand(2, 3, 12, 12)}
+    elif name == "t5":
+        inputs = {"input_ids": torch.arange(5, 25)[None], "decoder_input_ids": torch.arange(5, 15)[None]}
+    else:
+        inputs = {"input_ids": torch.arange(5, 25)[None]}
+    wanted = plain.model.eval()(**inputs).logits
+    assert not torch.allclose(plain.model.train()(**inputs).logits, wanted, atol=1e-4)
+    none = trainee(source, {"dropout": 0.0}, **options)
+    assert torch.equal(none.model.train()(**inputs).logits, wanted)
+    some = trainee(source, {"dropout": 0.35}, **options).model
+    rates = {m.p for m in some.modules() if isinstance(m, nn.Dropout) and "output_dropout" not in str(m)}
+    assert rates - {0.0} == {0.35}
+    given = dict(none.start.config)
+    assert given == dict(plain.start.config)  # what an export writes
+
+
+def test_dropout_of_a_class_without_any(tmp_path: Path) -> None:
+    source = tiny.make(tmp_path / "convnext", CLASSES["convnext"])
+    trainee(source, {"dropout": 0.0})
+    with pytest.raises(UpcycleError, match=r"train\.dropout = 0\.1: config\.json of ConvNext.* has no rate"):
+        trainee(source, {"dropout": 0.1})

@@ -107,7 +107,11 @@ def say_left_out(source: Source, endings: Collection[str] = _KNOWN) -> None:
     if not path.is_dir() or is_dataset(source):
         return
     below = [each.relative_to(path) for each in files_below(path)]
-    left = [each for each in below if kind(each) not in endings and not any(p[0] == "." for p in each.parts)]
+    left = [
+        each
+        for each in below
+        if not each.name.lower().endswith(tuple(endings)) and not any(p[0] == "." for p in each.parts)
+    ]
     if left:
         theirs = sorted({each.suffix or "none" for each in left})
         progress.say(

@@ -187,9 +187,14 @@ def _refuse_changed(examples: Labelled, now: Mapping[str, Any], then: Mapping[st
             f"was{heeded}, or start a new run"
         )
     if None not in (both := (now.get("sha256"), then.get("sha256"))) and both[0] != both[1]:
+        if examples.kind == "images":
+            heeded = (
+                " (if the run began in an earlier version, which read less of preprocessor_config.json, go "
+                "on with that one)"
+            )
         raise UpcycleError(
             f"{name} has other {examples.kind} than it had when the checkpoint was saved; put the data back "
-            f"as it was, or start a new run"
+            f"as it was{heeded}, or start a new run"
         )
 
 

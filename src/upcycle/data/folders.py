@@ -64,14 +64,15 @@ def _walked(folder: Path) -> Iterator[tuple[os.DirEntry[str], str]]:
 def put_back(path: str) -> str:
     """Return what to do about data of which a run that goes on had more or less, as a part of a sentence.
 
-    Older versions did not follow links to folders, nor read files whose endings have capital letters.
+    Older versions did not follow links to folders, nor read files whose endings have capital letters, nor
+    images of some endings.
     """
     said = "put the data back as it was"
     if not Path(path).is_dir():
         return said
     return (
-        f"{said} (if links to folders and endings in capital letters did not count when the run began, take "
-        f"these files out)"
+        f"{said} (if links to folders and endings in capital letters did not count when the run began, nor "
+        f"images such as .gif and .tif, take these files out)"
     )
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,28 @@ from upcycle.data.class_labels import common, names_in
 from upcycle.data.folders import files_below
 from upcycle.errors import UpcycleError, listed
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+ENDINGS = (  # in common use; Pillow reads them, unless it was built without
+    ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
+    ".pnm", ".jp2", ".avif", ".tga",
+)  # fmt: skip
 _ROWS = 64  # rows of a parquet file in memory at a time
 _SPLITS = {"train", "test", "val", "valid", "validation"}
+
+
+def pillow() -> Any:
+    """Return Pillow's module of images. Raises `UpcycleError` if it is not installed."""
+    try:
+        from PIL import Image
+    except ModuleNotFoundError:
+        raise UpcycleError("images need pillow: pip install 'upcycle[vision]'") from None
+    return Image
+
+
+@lru_cache
+def endings() -> tuple[str, ...]:
+    """Return the endings of images in folders: those in common use that this Pillow can read."""
+    known = pillow().registered_extensions()
+    return tuple(ending for ending in ENDINGS if known.get(ending) in pillow().OPEN)
 
 
 @dataclass(frozen=True)
@@ -27,6 +46,11 @@ class ImageFolder:
 
     root: Path
     columns = ()  # the columns to read; a folder has none
+
+    @property
+    def endings(self) -> tuple[str, ...]:
+        """The endings of the files that are read."""
+        return endings()
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
@@ -40,7 +64,7 @@ class ImageFolder:
             (path, label)
             for label, name in enumerate(self.class_names)
             for path in files_below(self.root / name)
-            if path.suffix.lower() in ENDINGS
+            if path.suffix.lower() in self.endings
         ]
 
     @property
@@ -69,6 +93,7 @@ class ImageParquet:
     files: list[Path]
     image: str
     label: str
+    endings = (".parquet",)
 
     @property
     def columns(self) -> tuple[str, str]:
@@ -168,7 +193,7 @@ def images_at(path: Path, image_field: str, label_field: str) -> ImageFiles:
     if not len(source.labels):
         raise UpcycleError(
             f"{path} holds no images; put them in one folder a class, as CLASS/NAME with one of the endings "
-            f"{', '.join(ENDINGS)}, or give parquet files with rows"
+            f"{', '.join(endings())}, or give parquet files with rows"
         )
     return source
 

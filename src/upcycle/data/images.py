@@ -13,7 +13,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -25,8 +25,11 @@ from typing import IO, Any, ClassVar
 import numpy as np
 
 from upcycle.checkpoints.checkpoint import file_hash
+from upcycle.data.documents import Source, say_left_out
 from upcycle.data.examples import refuse_other_classes
-from upcycle.data.image_files import ImageFiles, ImageFolder, ImageParquet, images_at, read_bytes
+from upcycle.data.image_files import ImageFiles, ImageFolder, ImageParquet, images_at, pillow, read_bytes
+from upcycle.data.image_processor import ImageProcessor
+from upcycle.data.preparation import Preparation, Size
 from upcycle.data.stamps import stamp_of_all
 from upcycle.errors import UpcycleError
 from upcycle.system import progress, whole_file
@@ -36,9 +39,27 @@ FORMAT = 1
 CACHE_LIMIT = 8 << 30  # maximum bytes of decoded images to cache
 _CHUNK = 64  # images decoded at a time
 _THREADS = 8
+_NONE = ImageProcessor(said={})
 
-Size = tuple[int, int]  # height, width
 Read = Callable[[np.ndarray], np.ndarray]  # int64 [B] -> uint8 [B, H, W, C]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What all images of a set are decoded to."""
+
+    preparation: Preparation
+    channels: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels."""
+        return (*self.preparation.size, self.channels)
+
+    @property
+    def key(self) -> list[Any]:
+        """What the pixels depend on besides the files and `shape`."""
+        return self.preparation.key
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,10 +85,12 @@ class ImageSet:
         channels: int,
         image_field: str = "image",
         label_field: str = "label",
+        processor: ImageProcessor = _NONE,
         cache: Path,
     ) -> ImageSet:
-        """Open the images at `path`: resize the shorter side to fit `size` [H, W] and crop the centre.
+        """Open the images at `path` in the size [H, W], resized and cut as `processor` says.
 
+        If it says nothing, they are resized so that they cover `size`, and cut at the centre.
         One process must call this first; the others then find its work in the folder `cache`. Raises
         `UpcycleError` for data that cannot be used.
         """
@@ -76,11 +99,12 @@ class ImageSet:
                 f"images of {size[0]} x {size[1]} pixels and {channels} channels; a side must be 1 or more, "
                 f"and there are 1 channel (grey) or 3 (red, green, blue)"
             )
-        _pillow()
+        pillow()
         source = images_at(Path(path), image_field, label_field)
-        shape = (*size, channels)
+        say_left_out(Source(path=str(path)), source.endings)
+        form = Form(preparation=processor.preparation(size), channels=channels)
         names, labels = source.class_names, source.labels
-        known, read = _prepared(source, shape, cache)
+        known, read = _prepared(source, form, cache)
         return cls(
             name=str(path),
             size=size,
@@ -119,36 +143,20 @@ class ImageSet:
 # --- from bytes to pixels
 
 
-def _pillow() -> Any:
-    try:
-        from PIL import Image
-    except ModuleNotFoundError:
-        raise UpcycleError("images need pillow: pip install 'upcycle[vision]'") from None
-    return Image
-
-
-def decoded(data: bytes, shape: tuple[int, int, int]) -> np.ndarray | None:
+def decoded(data: bytes, form: Form) -> np.ndarray | None:
     """Decode an image to uint8 [H, W, C]; None if it cannot be decoded."""
-    image_module = _pillow()
+    image_module = pillow()
     try:
         with image_module.open(io.BytesIO(data)) as opened:
             image = opened
             if image.mode.startswith("I;16"):  # Pillow's own conversion clips 16 bits at 255
                 image = image_module.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            image = image.convert("L" if shape[2] == 1 else "RGB")
+            image = image.convert("L" if form.channels == 1 else "RGB")
     except MemoryError:
         raise
     except Exception:  # Pillow's decoders can raise anything for a broken file
         return None
-    height, width = shape[:2]
-    if image.width * height <= image.height * width:
-        resized = width, max(height, image.height * width // image.width)
-    else:
-        resized = max(width, image.width * height // image.height), height
-    if resized != image.size:
-        image = image.resize(resized, image_module.Resampling.BICUBIC)
-    left, top = round((resized[0] - width) / 2), round((resized[1] - height) / 2)
-    return np.asarray(image).reshape(*image.size[::-1], shape[2])[top : top + height, left : left + width]
+    return form.preparation.pixels(image).reshape(form.shape)
 
 
 @lru_cache(maxsize=1)
@@ -156,39 +164,37 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "images")
 
 
-def _all_decoded(
-    encoded: Iterable[bytes], shape: tuple[int, int, int]
-) -> Iterator[tuple[bytes, np.ndarray | None]]:
+def _all_decoded(encoded: Iterable[bytes], form: Form) -> Iterator[tuple[bytes, np.ndarray | None]]:
     """Decode every image of `encoded` in several threads; yield its bytes and pixels in order."""
     stream = iter(encoded)
     while chunk := list(islice(stream, _CHUNK)):
-        yield from zip(chunk, _pool().map(partial(decoded, shape=shape), chunk), strict=True)
+        yield from zip(chunk, _pool().map(partial(decoded, form=form), chunk), strict=True)
 
 
 # --- the cache
 
 
-def _prepared(source: ImageFiles, shape: tuple[int, int, int], cache: Path) -> tuple[dict[str, Any], Read]:
+def _prepared(source: ImageFiles, form: Form, cache: Path) -> tuple[dict[str, Any], Read]:
     """Return the description of the images, from the cache or made now, and the function that reads them."""
-    whole = len(source.labels) * int(np.prod(shape)) <= CACHE_LIMIT
-    path = cache / f"{_key(source, shape, whole)}.{'pixels' if whole else 'images'}"
-    known = _found(path, source, shape, whole) or _make(path, source, shape, whole)
+    whole = len(source.labels) * int(np.prod(form.shape)) <= CACHE_LIMIT
+    path = cache / f"{_key(source, form, whole)}.{'pixels' if whole else 'images'}"
+    known = _found(path, source, form, whole) or _make(path, source, form, whole)
     if whole:
-        pixels = np.memmap(path, np.uint8, "r", shape=(known["count"], *shape))
+        pixels = np.memmap(path, np.uint8, "r", shape=(known["count"], *form.shape))
         return known, lambda indices: np.asarray(pixels[indices])
     if isinstance(source, ImageFolder):
         files = np.delete(np.array(source.files, object), known["left_out"])
-        return known, lambda indices: _stacked((read_bytes(p) for p in files[indices]), indices, shape)
+        return known, lambda indices: _stacked((read_bytes(p) for p in files[indices]), indices, form)
     images = np.memmap(path, np.uint8, "r")
     ends = [0, *accumulate(known["lengths"])]
     return known, lambda indices: _stacked(
-        (images[ends[i] : ends[i + 1]].tobytes() for i in indices), indices, shape
+        (images[ends[i] : ends[i + 1]].tobytes() for i in indices), indices, form
     )
 
 
-def _stacked(encoded: Iterable[bytes], indices: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    out = np.empty((len(indices), *shape), np.uint8)
-    for place, (_, pixels) in enumerate(_all_decoded(encoded, shape)):
+def _stacked(encoded: Iterable[bytes], indices: np.ndarray, form: Form) -> np.ndarray:
+    out = np.empty((len(indices), *form.shape), np.uint8)
+    for place, (_, pixels) in enumerate(_all_decoded(encoded, form)):
         if pixels is None:
             raise UpcycleError(
                 f"image {indices[place]} can no longer be decoded; the data changed while it was in use: "
@@ -198,21 +204,21 @@ def _stacked(encoded: Iterable[bytes], indices: np.ndarray, shape: tuple[int, in
     return out
 
 
-def _key(source: ImageFiles, shape: Sequence[int], whole: bool) -> str:
+def _key(source: ImageFiles, form: Form, whole: bool) -> str:
     """Hash what the pixels depend on: the files by name, size and time, and the way of decoding."""
     stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in source.files]
-    text = json.dumps([FORMAT, stats, list(shape), source.columns[:1], whole])
+    text = json.dumps([FORMAT, stats, list(form.shape), source.columns[:1], whole, *form.key])
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def _found(path: Path, source: ImageFiles, shape: Sequence[int], whole: bool) -> dict[str, Any] | None:
+def _found(path: Path, source: ImageFiles, form: Form, whole: bool) -> dict[str, Any] | None:
     """Return the description of images prepared before; None if it is missing or damaged.
 
     Images of older versions, which do not say what they were made from, are made anew.
     """
     try:
         known = json.loads(path.with_suffix(".json").read_text())
-        size = known["count"] * int(np.prod(shape)) if whole else sum(known["lengths"])
+        size = known["count"] * int(np.prod(form.shape)) if whole else sum(known["lengths"])
         if known["count"] + len(known["left_out"]) != len(source.labels):
             return None
         if (whole or isinstance(source, ImageParquet)) and path.stat().st_size != size:
@@ -269,12 +275,12 @@ class _Decoded:
         return kept
 
 
-def _make(path: Path, source: ImageFiles, shape: tuple[int, int, int], whole: bool) -> dict[str, Any]:
+def _make(path: Path, source: ImageFiles, form: Form, whole: bool) -> dict[str, Any]:
     """Decode all images, and keep the pixels in `path`, or the encoded images of a parquet file."""
     before, made = stamp_of_all(source.files), _Decoded(keeps_pixels=whole)
     with _kept(path, whole or isinstance(source, ImageParquet)) as file:
         with _decoding(source) as work:
-            for number, (data, pixels) in enumerate(_all_decoded(source.encoded(), shape)):
+            for number, (data, pixels) in enumerate(_all_decoded(source.encoded(), form)):
                 work.advance(len(data))
                 file.write(made.take(source, number, data, pixels))
         if not made.count:
@@ -288,7 +294,7 @@ def _make(path: Path, source: ImageFiles, shape: tuple[int, int, int], whole: bo
             raise UpcycleError(f"the files of {source.where(0)} changed while they were read; begin again")
     known: dict[str, Any] = {"count": made.count, "left_out": made.left_out, "lengths": made.lengths}
     known |= {"sha256": made.digest.hexdigest(), "stamp": before, "content": _joined(made.hashes)}
-    made_from = {"format": FORMAT, "shape": list(shape), "first": source.where(0)}
+    made_from = {"format": FORMAT, "shape": list(form.shape), "prepared": form.key, "first": source.where(0)}
     whole_file.write_json(path.with_suffix(".json"), {**known, "made_from": made_from})
     return known
 

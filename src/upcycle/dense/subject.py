@@ -140,18 +140,10 @@ class Subject:
         return self._count("vocab_size", self.settings)
 
     @cached_property
-    def _preprocessor(self) -> Mapping[str, Any]:
+    def preprocessor(self) -> Mapping[str, Any]:
+        """What preprocessor_config.json says of images; empty if there is no such file."""
         path = self.folder / "preprocessor_config.json"
         return read_json(path, "") if path.is_file() else {}
-
-    def image_statistics(self, name: str) -> tuple[float, ...]:
-        """Return `image_mean` or `image_std` of preprocessor_config.json, or an empty tuple."""
-        found = self._preprocessor.get(name)
-        if not isinstance(found, list):
-            return ()
-        if not all(type(value) in (int, float) for value in found):
-            raise UpcycleError(f"{self.folder}/preprocessor_config.json: {name} must be a list of numbers")
-        return tuple(map(float, found))
 
     @property
     def num_labels(self) -> int:

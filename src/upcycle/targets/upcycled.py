@@ -72,7 +72,7 @@ class Upcycled(WithExperts):
         if recipe.moe.pooling == "mean" and not family.class_tokens:
             raise UpcycleError(
                 f"moe.pooling = mean is for heads on a class token, in vit and deit; {family.model_type} "
-                f"has none"
+                f"has none; leave its head as it is: --set moe.pooling=class_token"
             )
         if unknown := [name for name in recipe.parts if name not in {s.name for s in dense.stacks}]:
             named = ", ".join(s.name for s in dense.stacks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from upcycle.data.corpus import Data
 from upcycle.data.documents import Source
 from upcycle.data.examples import Examples
 from upcycle.data.feeding import Feed, Feeding
+from upcycle.data.image_processor import ImageProcessor
 from upcycle.data.images import ImageSet
 from upcycle.errors import listed
 from upcycle.families._encoder import pair
@@ -68,13 +70,17 @@ class ImageClassification(Task):
 
     def images(self, path: str, subject: Subject, cache: Path, *, any_classes: bool = False) -> ImageSet:
         """Open a set of images at the model's size; its classes must be the model's unless `any_classes`."""
-        config = subject.settings
+        config, processor = subject.settings, _processor(subject)
+        size = pair(config["image_size"])
+        if (sentence := processor.warning(size)) is not None:
+            _warn_once(sentence)
         found = ImageSet.open(
             path,
-            size=pair(config["image_size"]),
+            size=size,
             channels=config["num_channels"],
             image_field=self.image_field,
             label_field=self.label_field,
+            processor=processor,
             cache=cache,
         )
         if found.bad:
@@ -85,9 +91,8 @@ class ImageClassification(Task):
 
     def augmentation(self, subject: Subject) -> Augment:
         """Return the augmentation with the mean and standard deviation that the model expects."""
-        mean = self.augment.mean or subject.image_statistics("image_mean")
-        std = self.augment.std or subject.image_statistics("image_std")
-        return replace(self.augment, mean=mean, std=std)
+        said = _processor(subject)
+        return replace(self.augment, mean=self.augment.mean or said.mean, std=self.augment.std or said.std)
 
     def question(self, batch: Batch, subject: Subject, *, training: bool) -> Question:
         augment = self.augmentation(subject)
@@ -102,6 +107,20 @@ class ImageClassification(Task):
 
     def lengths(self, length: int, subject: Subject) -> dict[str, int]:
         return subject.lengths
+
+
+def _processor(subject: Subject) -> ImageProcessor:
+    """Return what the model's folder says of images."""
+    return ImageProcessor(
+        said=subject.preprocessor,
+        model_type=str(subject.settings.get("model_type")),
+        place=str(subject.folder / "preprocessor_config.json"),
+    )
+
+
+@lru_cache
+def _warn_once(sentence: str) -> None:
+    progress.warn(sentence)
 
 
 task = ImageClassification

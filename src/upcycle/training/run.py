@@ -55,7 +55,10 @@ class Train(Settings):
     layer_decay: Annotated[float, Within("(0, 1]")] = 1.0
     # drop path rate of the last block, see `drop_path.py`; None: as in config.json
     drop_path: Annotated[float, Within("[0, 1)")] | None = None
-    # dropout after the experts' activation; None: as in config.json
+    # all dropout of the model, in attention, networks, experts and heads; None: as in config.json, which it
+    # does not change
+    dropout: Annotated[float, Within("[0, 1)")] | None = None
+    # dropout after the experts' activation; None: as `dropout`, or as in config.json
     expert_dropout: Annotated[float, Within("[0, 1)")] | None = None
     expert_output_dropout: Annotated[float, Within("[0, 1)")] = 0.0  # dropout on the experts' output
     # what is trained: router, experts, experts[0,2-3], anchors (experts that are the source's own network),

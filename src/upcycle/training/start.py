@@ -39,7 +39,7 @@ from upcycle.tensors.computed import Drawn, Fill
 from upcycle.tensors.entries import Entry
 from upcycle.tensors.lazy import Lazy
 from upcycle.tensors.moved import Folded, Stack
-from upcycle.training import drop_path, layer_decay, recomputing, teacher, weightless
+from upcycle.training import drop_path, dropout, layer_decay, recomputing, teacher, weightless
 from upcycle.training.course import Course
 from upcycle.training.head import renewed
 from upcycle.training.parallel import Ranks
@@ -295,9 +295,10 @@ def build(
     start: Start, entries: Mapping[str, Entry], run: Run, ranks: Ranks, dtype: torch.dtype
 ) -> PreTrainedModel:
     """Build a model of the run's class from `entries`, by their names on disk; each rank has its own part."""
+    config, rate = start.config, run.train.dropout
     return loading.build(
         start.architecture,
-        start.config,
+        config if rate is None else dropout.set_in(config, start.architecture, rate),
         start.in_memory(entries),
         distributed_config=ranks.config,
         dtype=dtype,
