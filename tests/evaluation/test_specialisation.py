@@ -186,6 +186,29 @@ def test_images_and_their_patches(router, pictures, tmp_path):
     assert (tmp_path / "plots" / f"patches-{place}.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.parametrize("kind", ["images", "text"])
+def test_rows_that_are_no_whole_groups_are_watched(kind, pictures, texts, tmp_path):
+    """With experts that take every token, groups change nothing, and neither does what fills up the last."""
+    if kind == "images":
+        source, group = tiny.make(tmp_path / "dense", "ViTModel", image_size=12, patch_size=3), 34
+    else:
+        source, group = tiny.make(tmp_path / "dense", "T5ForConditionalGeneration", vocab_size=300), 100
+        tiny.make_bytes_tokenizer(source, *(f"<extra_id_{i}>" for i in range(6)))
+    asked = {"images": {"images": pictures}, "text": {"text": texts, "length": 48}}[kind]
+    found = []
+    for size in (group, 0):
+        router = {"name": "expert_choice", "capacity_factor": 4.0, "std": 1.0, "group": size}
+        recipe = {"moe": {"num_experts": 4, "target": "upcycled"}, "router": router}
+        extra = {} if kind == "images" else {"decoder": {"router": {"name": "top_k"}}}
+        convert(source, tmp_path / str(size), Recipe.of(**recipe, **extra))
+        seen = specialisation(tmp_path / str(size), ToWatch(**asked, limit=3, batch_size=3))
+        found.append((seen.as_dict(), [layer.patches for layer in seen.layers]))
+    assert found[0][0]["layers"] == found[1][0]["layers"]
+    for ours, theirs in zip(found[0][1], found[1][1], strict=True):
+        assert (ours is None) == (theirs is None) == (kind == "text")
+        assert ours is None or np.array_equal(ours.weights, theirs.weights)
+
+
 def test_both_stacks_of_t5(tmp_path, texts):
     source = tiny.make(tmp_path / "t5", "T5ForConditionalGeneration", vocab_size=300)
     tiny.make_bytes_tokenizer(source, *(f"<extra_id_{i}>" for i in range(6)))

@@ -17,7 +17,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForCTC
+from transformers import AutoModelForCausalLM, AutoModelForCTC, AutoModelForSeq2SeqLM
 
 import tiny
 import upcycle
@@ -868,6 +868,108 @@ def test_recomputed_layers_route_as_they_did(case, made):
     assert gradients[0].keys() == gradients[1].keys()
     for name, wanted in gradients[0].items():
         assert torch.allclose(gradients[1][name], wanted, rtol=1e-5, atol=1e-6), name
+
+
+def two_texts(model: nn.Module, order: str) -> dict[str, torch.Tensor]:
+    """The gradients of losses on two batches of other masks and sizes, backward together or in this order."""
+    masks = [(torch.arange(7) < torch.tensor(ends)[:, None]).long() for ends in ([7, 3], [2, 6, 5])]
+    generator = torch.Generator().manual_seed(1)
+    texts = [torch.randint(3, 60, mask.shape, generator=generator) for mask in masks]
+    model.zero_grad()
+    losses = {}
+    for name, ids, mask in zip("ab", texts, masks, strict=True):
+        extra = {"decoder_input_ids": ids} if "T5" in type(model).__name__ else {}
+        losses[name] = model(input_ids=ids, attention_mask=mask, **extra)[0].square().sum()
+    if order == "both":
+        sum(losses.values()).backward()
+    else:
+        for name in order:
+            losses[name].backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("order", ["both", "ab", "ba"])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("case", ["bert", "t5", "opt"])
+def test_two_passes_before_a_backward_pass_are_recomputed_each_as_it_was(case, reentrant, order, made, dense):
+    """A contrastive loss. OPT's layers also need to know how many rows there were."""
+    source = dense("opt") if case == "opt" else made(case)
+    moe = {**MOE, "target": "upcycled"}
+    extra = {"router": SHORT} if case == "opt" else expert_choice(source, capacity_factor=1.0)
+    model = upcycle.load(source, Recipe.of(moe=moe, init={"name": "noise", "sigma": 1.0}, **extra)).train()
+    for module in model.modules():  # the two orders would draw other numbers
+        for name in ("p", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    wanted = two_texts(model, "both")
+    options = {"use_reentrant": reentrant}
+    model.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    model.enable_input_require_grads()
+    for each in (model, copy.deepcopy(model)):
+        found = two_texts(each, order)
+        assert found.keys() == wanted.keys()
+        for name in wanted:
+            assert difference([found[name]], [wanted[name]]) < 1e-4, name
+    layer = next(m for m in model.modules() if isinstance(m, MoE))
+    assert layer.padding.shape == (3, 7)  # of the last pass, as if nothing had been recomputed
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm", "expert_by_expert"])
+@pytest.mark.parametrize(
+    ("case", "extra"),
+    [
+        ("t5", {}),
+        ("t5-gated", {"moe": {**MOE, "shared_experts": 1}}),
+        ("mt5", {"router": {"capacity_factor": 4.0}}),
+        ("t5-gated", {"router": {"name": "expert_choice", "capacity_factor": 4.0},
+                      "decoder": {"router": {"name": "top_k"}}}),
+    ],
+)  # fmt: skip
+def test_what_overflows_in_float16_stays_in_float32(case, extra, implementation, made, tmp_path):
+    """T5's class keeps `wo` in float32, for products beyond 65504; so experts do."""
+    source = shutil.copytree(made(case), tmp_path / "dense")
+    weights = load_file(source / "model.safetensors")
+    for name in weights:
+        if name.startswith("encoder.") and name.endswith(".wo.weight"):
+            weights[name] = weights[name] * 3e4
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    recipe = Recipe.of(**{"moe": MOE, **extra})
+    convert(source, tmp_path / "moe", recipe)
+    given, states, options = inputs("T5"), [], {"dtype": torch.float16}
+    theirs = AutoModelForSeq2SeqLM.from_pretrained(source, **options).eval()
+    options["experts_implementation"] = implementation
+    ours = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "moe", **options)
+    with torch.inference_mode():
+        for model in (theirs, ours.eval(), upcycle.load(source, recipe, **options).eval()):
+            states.append(model.encoder(given["input_ids"], output_hidden_states=True).hidden_states)
+            states[-1] = [*states[-1], model(**given).logits.float()]
+    assert max(float(x.abs().max()) for x in states[0]) > 65504
+    for found in states[1:]:
+        assert all(x.isfinite().all() for x in found)
+        assert difference(found, states[0]) < 5e-3
+    kept = {n: p.dtype for n, p in ours.named_parameters() if ".experts." in n or ".shared.one." in n}
+    assert {n for n, dtype in kept.items() if dtype == torch.float32} == {n for n in kept if "down_proj" in n}
+
+
+@pytest.mark.parametrize("router", [
+    {"name": "top_k"}, {"name": "top_k", "capacity_factor": 4.0}, {"name": "sigmoid"},
+])  # fmt: skip
+def test_generation_with_groups_of_tokens(router, made, tmp_path):
+    """One token at a time is no whole group. Here every token has its place, so groups change nothing."""
+    recipes = [Recipe.of(moe=MOE, router={"std": 0.5, **router, "group": group}) for group in (16, 0)]
+    ids = torch.randint(3, 60, (1, 16), generator=torch.Generator().manual_seed(2))
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    grouped, alone = (upcycle.load(made("llama"), recipe).generate(ids, **options) for recipe in recipes)
+    assert torch.equal(grouped, alone)
+    convert(made("llama"), tmp_path / "moe", recipes[0])
+    assert verify(made("llama"), tmp_path / "moe").holds
+
+
+def test_images_that_are_no_whole_groups_are_verified(made, tmp_path):
+    router = {"name": "expert_choice", "capacity_factor": 4.0, "group": 28}
+    convert(made("vit"), tmp_path / "moe", Recipe.of(moe=MOE, router=router))
+    proof = verify(made("vit"), tmp_path / "moe")
+    assert proof.holds, [str(check) for check in proof.checks if check.holds is False]
 
 
 @pytest.mark.parametrize("case", ["vit", "bert", "t5", "llama"])

@@ -316,11 +316,49 @@ def test_capacity_on_a_device_is_capacity(rounding):
         assert routers.capacities(tokens, share, rounding).tolist() == wanted, share
 
 
-def test_a_group_must_divide_the_tokens():
-    moe = layer({"name": "expert_choice", "group": 5})
+@pytest.mark.parametrize("name", ["expert_choice", "top_k"])
+def test_a_group_must_divide_the_tokens_of_training(name):
+    moe = layer({"name": name, "group": 5}).train()
     with pytest.raises(UpcycleError, match=r"router.group = 5 does not divide the 3 x 8 tokens"):
         moe(tokens(3, 8))
     assert moe(tokens(5, 8)).shape == (5, 8, H)
+
+
+SHORT = [
+    {"name": "top_k", "capacity_factor": 0.5},
+    {"name": "top_k", "capacity_factor": 1.0, "batch_priority": True},
+    {"name": "expert_choice", "capacity_factor": 1.0}, {"name": "soft"}, {"name": "spherical"},
+]  # fmt: skip
+FREE = [{"name": "top_k"}, {"name": "sigmoid"}, {"name": "analytic"}]
+
+
+@pytest.mark.parametrize("padding", [None, PADDING], ids=["no padding", "padding"])
+@pytest.mark.parametrize(("router", "changes"), [
+    *((router, {}) for router in SHORT),
+    *((router, {"response_norm": True}) for router in (*SHORT[:3], *FREE)),
+])  # fmt: skip
+def test_the_last_group_is_shorter_outside_training(router, changes, padding):
+    """Each group comes out as a row that stands alone does; 24 tokens are four groups of 5 and one of 4."""
+    moe, alone = (layer({**router, "group": group}, **changes) for group in (5, 0))
+    moe.padding, hidden = padding, tokens(3, 8)
+    left = []
+    for each in (moe, alone):
+        each.router.register_forward_hook(lambda _module, _inputs, routing: left.append(routing.left_behind))
+    found = moe(hidden).flatten(0, 1)
+    gone = torch.zeros(24, dtype=torch.bool) if padding is None else padding.flatten()
+    wanted = []
+    for rows, absent in zip(hidden.flatten(0, 1).split(5), gone.split(5), strict=True):
+        alone.padding = absent[None]
+        wanted.append(alone(rows[None])[0])
+    assert torch.allclose(found[~gone], torch.cat(wanted)[~gone], rtol=0, atol=1e-12)
+    assert int(left[0]) == sum(map(int, left[1:]))
+
+
+@pytest.mark.parametrize("router", FREE)
+def test_a_group_is_nothing_where_tokens_do_not_compete(router):
+    moe, alone = (layer({**router, "group": group}) for group in (5, 0))
+    for size in ((3, 8), (1, 1), (5, 8)):
+        assert torch.equal(moe(tokens(*size)), alone(tokens(*size)))
 
 
 @pytest.mark.parametrize("router", [{"normalize": True}, {"normalize": False}])

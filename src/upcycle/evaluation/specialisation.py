@@ -272,7 +272,7 @@ def _watch(
         refuse_nan(output.of_tokens(output.probabilities), subject, "the load of an expert")
         _add(layer, name, output, _kinds(inputs, layer.stack, output, len(places)))
         if layer.patches is not None:
-            given = output.probabilities.cpu().numpy()
+            given = output.of_tokens(output.probabilities).cpu().numpy()
             given = given.reshape(len(places), -1, given.shape[-1])
             grid = subject.grid(layer.stack)
             layer.patches.add(inputs["pixel_values"].cpu().numpy(), given, grid)
@@ -285,7 +285,7 @@ def _kinds(inputs: Mapping[str, Any], stack: str, output: RouterOutput, rows: in
     It is the id in the vocabulary, or the place in an image.
     """
     if "pixel_values" in inputs:
-        return np.tile(np.arange(len(output.logits) // rows), rows)
+        return np.tile(np.arange(len(output.of_tokens(output.logits)) // rows), rows)
     ids, mask = (
         ("decoder_input_ids", "decoder_attention_mask")
         if stack == "decoder"
@@ -293,7 +293,7 @@ def _kinds(inputs: Mapping[str, Any], stack: str, output: RouterOutput, rows: in
     )
     tokens = inputs[ids].flatten()
     if output.real is not None:
-        tokens = tokens[output.real]
+        tokens = tokens[output.real[: len(tokens)]]  # behind them is what fills up the last group
     elif (real := inputs.get(mask)) is not None and len(output.logits) < len(tokens):
         tokens = tokens[real.flatten().bool()]
     out: np.ndarray = tokens.cpu().numpy()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,12 +27,13 @@ from transformers.initialization import guard_torch_init_functions
 from upcycle.checkpoints import hub
 from upcycle.errors import UpcycleError, cut
 from upcycle.families._wrappers import WRAPPERS
-from upcycle.hf import opening
+from upcycle.hf import opening, passes
 from upcycle.hf.autos import autos
 from upcycle.hf.configs import config_class
 from upcycle.nn.moe import MoE
 from upcycle.nn.upcycled_config import CLASS_PREFIX, PREFIX
 
+_DOWN_KEPT_WIDE = {"wo"}  # the names of last matrices of networks among what classes keep in float32 (T5)
 _MATRICES = {"gate_proj", "up_proj", "down_proj"}  # of a network, and in a name of stacked experts
 
 
@@ -79,25 +81,13 @@ class UpcycledModel:
                 for path in shape.replaced:
                     owner, _, name = path.format(i=i).rpartition(".")
                     setattr(base.get_submodule(owner), name, nn.Identity())
-            # Register the hook on the stack, not on the whole model: generation runs an encoder alone, and
-            # an image has no mask. A partial, not a closure: a copy of the model calls its own layers.
+            # On the stack, not on the whole model: generation runs an encoder alone, and images have no mask.
             owner = base.get_submodule(shape.module.partition(".")[0])
             alone = shape.stack == "layers" and "input_ids" not in inspect.signature(owner.forward).parameters
             stack = base if alone or isinstance(owner, nn.ModuleList) else owner
-            stack.register_forward_pre_hook(functools.partial(_mark_padding, layers), with_kwargs=True)
+            passes.install(stack, layers)
         if after := getattr(config, "mean_pooling_after", 0):
             base.register_forward_hook(functools.partial(_pool, after))
-
-
-def _mark_padding(layers: list[MoE], stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Give the attention mask and the rows of tokens to the MoE layers of a stack before its forward pass."""
-    given = dict(zip(inspect.signature(stack.forward).parameters, args, strict=False)) | kwargs
-    mask = given.get("attention_mask", given.get("pixel_attention_mask"))
-    padding = mask == 0 if torch.is_tensor(mask) and mask.ndim == 2 else None
-    tokens = next((x for x in map(given.get, ("input_ids", "inputs_embeds")) if torch.is_tensor(x)), None)
-    for layer in layers:
-        layer.padding = padding
-        layer.batch = tokens.shape[:2] if tokens is not None and tokens.ndim > 1 else None
 
 
 def _pool(after: int, base: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -133,8 +123,16 @@ def model_class(dense: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "__module__": __name__,
         "config_class": config_of,
         "base_model_prefix": dense.base_model_prefix,
+        "_keep_in_fp32_modules": _kept_wide(dense._keep_in_fp32_modules),
     }
     return _renamed_as(dense, type(CLASS_PREFIX + dense.__name__, (UpcycledModel, dense), members))
+
+
+def _kept_wide(kept: Collection[str] | None) -> list[str] | None:
+    """Return the parts that a dense class keeps in float32 beside float16, and what experts have of them."""
+    if kept is None or not _DOWN_KEPT_WIDE & {*kept}:
+        return None if kept is None else [*kept]
+    return [*kept, *(f"{experts}.down_proj" for experts in ("experts", "universal", "shared.one"))]
 
 
 def _renamed_as(dense: type[PreTrainedModel], made: type[PreTrainedModel]) -> type[PreTrainedModel]:

@@ -68,7 +68,9 @@ class Rows(Dispatch):
         # Sum in the type of the weights: a sum over many experts needs more precision than the experts' type
         # has.
         out = torch.zeros(hidden.shape, dtype=self.weights.dtype, device=hidden.device)
-        return out.index_add(0, self.tokens, rows * self.weights[:, None]).to(hidden.dtype)
+        return out.index_add(0, self.tokens, rows * self.weights[:, None]).to(
+            torch.promote_types(hidden.dtype, rows.dtype)  # the experts' may be wider (`Experts`)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

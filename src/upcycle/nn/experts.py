@@ -54,7 +54,9 @@ class Experts(nn.Module):
     `act_fn` is an activation with numbers of its own, which its owner shares with others (`learned`).
 
     `config._experts_implementation` chooses the implementation. `eager` is the loop, which also takes over
-    for rows that grouped products do not accept (`kernels.py`).
+    for rows that grouped products do not accept (`kernels.py`), and for a `down_proj` that is wider than the
+    matrix before it. T5 keeps it in float32, because its product overflows in float16. Then the result is as
+    wide, as that of the dense network is.
     """
 
     is_transposed = False
@@ -149,25 +151,33 @@ class Experts(nn.Module):
     def _implementation(self) -> str:
         """The implementation from the config, or the loop if grouped products do not accept these rows."""
         chosen = getattr(self.config, "_experts_implementation", None) or kernels.ONE_BY_ONE
+        if self._widens:
+            return kernels.ONE_BY_ONE
         matrices = (getattr(self, self.up_name), self.down_proj)
         fits = all(kernels.take_groups(m.shape[-1:], m.element_size()) for m in matrices)
         return chosen if fits or chosen not in kernels.IN_GROUPS else kernels.ONE_BY_ONE
+
+    @property
+    def _widens(self) -> bool:
+        """Whether `down_proj` and its product are in a wider type than the matrix before it."""
+        return self.down_proj.dtype.itemsize > getattr(self, self.up_name).dtype.itemsize
 
     def loop(self, hidden: Tensor, index: Tensor, weights: Tensor, groups: Tensor | None = None) -> Tensor:
         """Run one expert after another (the reference) on rows [M, H] with indices and weights [M, K].
 
         An index of E or more is an expert of another rank. Returns [M, H].
         """
+        wide = self.down_proj.dtype if self._widens else hidden.dtype
         chosen = index.flatten()
         order = chosen.argsort(stable=True)
         counts = torch.bincount(chosen, minlength=self.num_experts)[: self.num_experts].tolist()
-        out = torch.zeros(hidden.shape, dtype=weights.dtype, device=hidden.device)
+        out = torch.zeros(hidden.shape, dtype=torch.promote_types(weights.dtype, wide), device=hidden.device)
         for e, places in enumerate(order[: sum(counts)].split(counts)):
             rows = places // index.shape[1]
             own = None if groups is None else groups[rows]
             made = self._one(e, hidden[rows], own) * weights.flatten()[places, None]
             out = out.index_add(0, rows, made.to(out.dtype))
-        return out.to(hidden.dtype)
+        return out.to(wide)
 
     def _one(self, e: int, rows: Tensor, groups: Tensor | None = None) -> Tensor:
         up, down = getattr(self, self.up_name), self.down_proj
@@ -177,6 +187,8 @@ class Experts(nn.Module):
         if self.has_response_norm:
             assert groups is not None
             inner = normalise(inner, groups, self.grn_weight[e], self.grn_bias[e])
+        if self._widens:
+            inner = inner.to(down.dtype)
         return F.linear(inner, down[e], self.down_proj_bias[e] if self.has_bias else None)
 
     def extra_repr(self) -> str:

@@ -6,13 +6,16 @@ are flattened to one row of tokens: a text, or the positions of an image.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from upcycle.errors import UpcycleError
 from upcycle.nn import autocast, routers
-from upcycle.nn.dispatch import Groups
+from upcycle.nn.dispatch import Choices, Dispatch, Groups
 from upcycle.nn.experts import Experts, learned
 from upcycle.nn.routing import Routing, Tokens
 from upcycle.nn.shape import Shape
@@ -89,8 +92,15 @@ class MoE(nn.Module):
     `shape` describes it; `config` is the config of the whole model.
 
     `padding` [B, L] is True at positions without a token, and `batch` is the shape (B, L) of the tokens that
-    the stack was given. The code that calls the model sets them (see `hf/models.py`). They stay until the
-    next forward pass, because a recomputed layer must route as it did before.
+    the stack was given. The code that calls the model sets them (see `hf/passes.py`), and sets those of its
+    own pass again for a layer that is recomputed in the backward pass.
+
+    With `router.group`, tokens compete with those that stand beside them in the batch, of other rows too. So
+    what a row gives depends on these, unless each row is whole groups, or tokens do not compete at all
+    (`Router.competes`). In training, all groups must be whole. Outside, the last one may be shorter. It is
+    filled up with padding, which changes nothing for its tokens: padding takes no place, and experts have
+    places for the tokens that are there. Where tokens do not compete, nothing is filled up, and only a
+    response norm sees groups.
     """
 
     def __init__(self, config: PreTrainedConfig, shape: Shape) -> None:
@@ -130,9 +140,13 @@ class MoE(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         rows = self._rows(hidden)
-        routing = self.router(*self._groups(rows))
-        run = self._run_some if routing.dispatch.some_left else self._run
-        out: Tensor = routing.dispatch.run(rows.flatten(0, 1), run).view(hidden.shape)
+        groups, padding = self._groups(rows)
+        dispatch = self._seen_by_norms(self.router(groups, padding).dispatch)
+        run = self._run_some if dispatch.some_left else self._run
+        out: Tensor = dispatch.run(groups.flatten(0, 1), run)
+        if len(out) > (count := rows.shape[:2].numel()):
+            out = out[:count]  # without what the last group was filled up with
+        out = out.view(hidden.shape)
         return out if self.shared is None else out + self.shared(rows).view(hidden.shape)
 
     def _rows(self, hidden: Tensor) -> Tensor:
@@ -177,7 +191,10 @@ class MoE(nn.Module):
         return torch.zeros_like(hidden, dtype=made.dtype).index_copy(0, kept, made)
 
     def _groups(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Reshape rows [B, L, H] and their padding to groups [G, N, H] and [G, N]."""
+        """Reshape rows [B, L, H] and their padding to groups [G, N, H] and [G, N].
+
+        Outside training, rows stay rows if tokens do not compete, and else the last group is filled up.
+        """
         batch, length, size = rows.shape
         padding = self.padding
         if padding is not None:
@@ -187,11 +204,27 @@ class MoE(nn.Module):
             fits = padding.shape[0] == batch and (longer or padding.shape[1] == length)
             padding = padding[:, padding.shape[1] - length :] if fits else None
         group = self.router.settings.group
-        if not group:
+        if not group or not (self.training or self._competes):
             return rows, padding
-        if (batch * length) % group:
+        lacking = -(batch * length) % group
+        if lacking and self.training:
             raise UpcycleError(
-                f"router.group = {group} does not divide the {batch} x {length} tokens of a forward pass; "
-                f"choose a divisor, or 0 to route each row by itself"
+                f"router.group = {group} does not divide the {batch} x {length} tokens of a forward pass in "
+                f"training; choose a divisor, or 0 to route each row by itself"
             )
+        if lacking:
+            there = rows.new_zeros((batch, length), dtype=torch.bool) if padding is None else padding
+            padding = F.pad(there.flatten(), (0, lacking), value=True)
+            rows = F.pad(rows.flatten(0, 1), (0, 0, 0, lacking))
         return rows.reshape(-1, group, size), None if padding is None else padding.reshape(-1, group)
+
+    @property
+    def _competes(self) -> bool:
+        return self.router.settings.competes(self.shape.all_experts, self.shape.top_k)
+
+    def _seen_by_norms(self, dispatch: Dispatch) -> Dispatch:
+        """Give a response norm the groups that it has in training, where tokens were not routed in groups."""
+        group = self.router.settings.group
+        if group and self.shape.response_norm and isinstance(dispatch, Choices):
+            return dataclasses.replace(dispatch, length=group)
+        return dispatch

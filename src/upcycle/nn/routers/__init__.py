@@ -111,6 +111,10 @@ class Router(Named, abc.ABC):
         """Return the fraction of a group that an expert has places for; None means all of it."""
         return None
 
+    def competes(self, num_experts: int, top_k: int) -> bool:
+        """Return whether a token's output depends on the others of its group: places, or slots, are few."""
+        return self.has_slots or self.share(num_experts, top_k) is not None
+
     def check(self, num_experts: int, top_k: int, length: int) -> None:
         """Raise `UpcycleError` if an expert has no place in a group of `length` tokens."""
         share, group = self.share(num_experts, top_k), self.group or length
