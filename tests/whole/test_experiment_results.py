@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 import sys
 import threading
 import time
@@ -399,3 +400,38 @@ def test_a_curve_of_one_seed_has_no_band(modules, monkeypatch, tmp_path):
     assert (lines["one"].low, lines["one"].high) == (None, None)
     assert [*lines["two"].low] == [3.0, 2.0]
     assert [*lines["two"].high] == [5.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "figures"), [("moe_jetpack", ["cifar10.png", "fashion_mnist.png"]), ("donors", ["figure.png"])]
+)
+def test_what_is_recorded_is_drawn_without_the_data(name, figures, tmp_path, monkeypatch):
+    """Nothing is trained, and the results stay as they are."""
+    with scripts.loaded(name) as script:
+        results = tmp_path / "results.json"
+        shutil.copyfile(script.HERE / "results.json", results)
+        recorded = results.read_text()
+        monkeypatch.setattr(script, "HERE", tmp_path)
+        monkeypatch.setattr(script.common, "train", None)
+        monkeypatch.setattr(sys, "argv", [name, "--runs", str(tmp_path / "runs")])
+        script.main()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".png") == figures
+    assert results.read_text() == recorded
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("moe_jetpack", "1 runs are missing: give --images to train them"),
+        ("donors", "1 results are missing: give --checkpoint and --texts to make them"),
+    ],
+)
+def test_what_is_missing_is_asked_for(name, said, tmp_path, monkeypatch):
+    with scripts.loaded(name) as script:
+        found = json.loads((script.HERE / "results.json").read_text())
+        (tmp_path / "results.json").write_text(json.dumps(found | {"runs": found["runs"][1:]}))
+        monkeypatch.setattr(script, "HERE", tmp_path)
+        monkeypatch.setattr(sys, "argv", [name])
+        with pytest.raises(SystemExit, match=said):
+            script.main()
