@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ import numpy as np
 import common
 import figure
 from continuation import Continuation, Key
+from places import PLACES
+from upcycle.reporting.crossing import crossing
 
-FLOPS, SECONDS, LOSS = 2, 3, 4  # columns of a curve; after the loss come further scores
+STEP, FLOPS, SECONDS, LOSS = 0, 2, 3, 4  # columns of a curve; after the loss come further scores
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,22 @@ class Outcome:
         others = np.flatnonzero(gap >= -error)
         return float(x[others[-1] + 1 if len(others) else 0])
 
+    def crossings(self, start: int, variant: str) -> list[float | None]:
+        """Return the extra FLOPs, relative to the start's, at which each seed falls below dense for good.
+
+        The curves are straight between their points. 0 stands for a seed that is ahead from the first point,
+        and None for one that is not ahead at the end. Seeds without a dense run are left out.
+        """
+        dense, curves = self.share(start, "dense"), self.share(start, variant)
+        found = [crossing(*curve.T, *dense[seed].T) for seed, curve in curves.items() if seed in dense]
+        return [each.x for each in found]
+
+    def crosses(self, start: int, variant: str) -> tuple[float, float | None] | None:
+        """Return mean and standard error of `crossings`; None if a seed has not crossed."""
+        found = self.crossings(start, variant)
+        known = [at for at in found if at is not None]
+        return common.mean_and_error(known) if len(known) == len(found) else None
+
     def draw(
         self, path: Path, start: int, variants: Sequence[str], title: str, y: str, highest: float = np.inf
     ) -> None:
@@ -143,14 +162,56 @@ class Outcome:
         """
         shown = [name for name in variants if (start, name) in self]
         curves = {name: self._drawn(start, name, highest) for name in shown}
-        figure.write(path, title, curves, "extra training FLOPs (% of the dense model's)", y)
+        figure.write(path, title, curves, "extra training FLOPs (% of the dense model's)", y, places=PLACES)
 
-    def _drawn(self, start: int, variant: str, highest: float) -> list[list[tuple[float, float]]]:
-        """Return the points of `draw` for each seed: (extra FLOPs in percent, held-out loss)."""
+    def _drawn(
+        self, start: int, variant: str, highest: float, unit: float = 0.01
+    ) -> list[list[tuple[float, float]]]:
+        """Return the points of `draw` for each seed: (extra FLOPs in `unit`, held-out loss)."""
         curves = np.stack([*self.share(start, variant).values()])  # [seeds, points, 2]
         x, mean = curves[0, :, 0], curves[:, :, 1].mean(0)
         kept = (x >= 0.01) | ((x == 0) & (mean < highest))
-        return [[(100 * x, y) for x, y in curve] for curve in curves[:, kept]]
+        return [[(x / unit, y) for x, y in curve] for curve in curves[:, kept]]
+
+    def draw_costs(
+        self,
+        path: Path,
+        start: int,
+        title: str,
+        y: str,
+        seconds: Mapping[str, float],
+        highest: float = np.inf,
+    ) -> None:
+        """Draw the held-out loss of the core from one start against extra tokens, FLOPs and seconds.
+
+        All are shares of what the start took. `seconds` are those of a step, relative to a step of the dense
+        model, by variant. A variant without them is left out of the panel of seconds. For `highest` see
+        `draw`.
+        """
+        shown = [name for name in self.experiment.core if (start, name) in self]
+        tokens = {name: 0.01 * self._flops_of_a_step(start, name) for name in shown}
+        units = {
+            "tokens": tokens,
+            "FLOPs": dict.fromkeys(shown, 0.01),
+            "seconds": {name: tokens[name] / seconds[name] for name in shown if name in seconds},
+        }
+        notes = {"seconds": f"\n{_measured({name: seconds.get(name) for name in shown})}"}
+        panels = {
+            f"{title}, in {cost}": (
+                f"extra {cost} (% of the dense model's){notes.get(cost, '')}",
+                {name: self._drawn(start, name, highest, unit) for name, unit in of.items()},
+            )
+            for cost, of in units.items()
+        }
+        figure.write_panels(path, title, panels, y, PLACES)
+
+    def _flops_of_a_step(self, start: int, variant: str) -> float:
+        """Return the training FLOPs of a step, relative to those of a dense step; all have as many tokens."""
+        step, flops = (
+            [self[start, name][0]["curve"][-1][column] for name in (variant, "dense")]
+            for column in (STEP, FLOPS)
+        )
+        return float(flops[0] / step[0] / (flops[1] / step[1]))
 
     def draw_gaps(self, path: Path, title: str, x: str, y: str) -> None:
         """Draw the final gap to dense continuation against the length of the start's training.
@@ -172,7 +233,23 @@ class Outcome:
                 ]
         if not curves:
             return
-        figure.write(path, title, curves, x, y)
+        figure.write(path, title, curves, x, y, places=PLACES)
+
+    def draw_crossings(self, path: Path, title: str, x: str, y: str) -> None:
+        """Draw where the core crosses dense continuation against the length of the start's training.
+
+        A variant is there with the starts from which all of its seeds cross, if they are several.
+        """
+        points = {}
+        for name in (each for each in self.experiment.core if each != "dense"):
+            found = {start: self.crosses(start, name) for start in self.starts if (start, name) in self}
+            crossed = [
+                (start, 100 * at[0], at[1] and 100 * at[1]) for start, at in found.items() if at is not None
+            ]
+            if len(crossed) > 1:
+                points[name] = crossed
+        if points:
+            figure.write_points(path, title, points, x, y, PLACES)
 
     def report(self, unit: str, nats: str, *, name: str = "start", highest: float = np.inf) -> None:
         """Print the table, and draw the figures beside the results.
@@ -190,8 +267,10 @@ class Outcome:
                     path = here / f"{question.replace(' ', '-')}-{start}.png"
                     self.draw(path, start, variants, f"{title}: {question}", y, highest)
         title, x = "The longer the dense model was trained", f"{unit} of the start"
-        gaps = here / ("gaps.png" if name == "start" else f"{name}-gaps.png")
-        self.draw_gaps(gaps, title, x, "nats against dense, continued")
+        prefix = "" if name == "start" else f"{name}-"
+        self.draw_gaps(here / f"{prefix}gaps.png", title, x, "nats against dense, continued")
+        title, y = "Where dense continuation is passed", "extra FLOPs at the crossing (%)"
+        self.draw_crossings(here / f"{prefix}crossing.png", title, x, y)
 
     def table(self) -> list[str]:
         """Return the lines of the table in Markdown."""
@@ -200,7 +279,7 @@ class Outcome:
 
     def _head(self) -> list[str]:
         columns = ["start", "variant", "seeds", "loss at the start", "at the end", "less dense"]
-        columns += ["behind until", "ahead from"]
+        columns += ["behind until", "crosses at", "ahead from"]
         columns += [each for score in self.experiment.scores[1:] for each in (score, "less dense")]
         return [f"| {' | '.join(columns)} |", f"{'|---' * len(columns)}|"]
 
@@ -209,15 +288,24 @@ class Outcome:
         each, dense = self[start, name], name == "dense"
         begins = common.mean_and_error([r["curve"][0][LOSS] for r in each])[0]
         cells = [str(start), name, str(len(each)), f"{begins:.3f}", self._end(start, name, LOSS)]
-        cells += [""] * 3 if dense else [self._gap(start, name, LOSS), *self._turns(start, name)]
+        cells += [""] * 4 if dense else [self._gap(start, name, LOSS), *self._turns(start, name)]
         for score in range(LOSS + 1, LOSS + len(self.experiment.scores)):
             cells += [self._end(start, name, score), "" if dense else self._gap(start, name, score)]
         return f"| {' | '.join(cells)} |"
 
     def _turns(self, start: int, name: str) -> list[str]:
-        """Return until when a variant is behind and from when it is ahead, as cells."""
+        """Return until when a variant is behind, where it crosses, and from when it is ahead, as cells."""
         turns = self.behind(start, name), self.ahead(start, name)
-        return ["no" if at is None else f"{at:.0%}" for at in turns]
+        behind, ahead = ["no" if at is None else f"{at:.0%}" for at in turns]
+        return [behind, self._crosses(start, name), ahead]
+
+    def _crosses(self, start: int, name: str) -> str:
+        if (found := self.crosses(start, name)) is None:
+            return "not yet"
+        if not any(self.crossings(start, name)):
+            return "-"
+        mean, error = found
+        return f"{100 * mean:.1f}" + common.error_text(error and 100 * error, " ± {:.1f}") + "%"
 
     def _end(self, start: int, name: str, score: int) -> str:
         mean, error = common.mean_and_error([r["curve"][-1][score] for r in self[start, name]])
@@ -226,6 +314,15 @@ class Outcome:
     def _gap(self, start: int, name: str, score: int) -> str:
         mean, error = self.gap(start, name, score)
         return f"{mean:+.4f}" + common.error_text(error)
+
+
+def _measured(seconds: Mapping[str, float | None]) -> str:
+    """Return what is known of the seconds of a step, as lines below an axis."""
+    spelled = {name.replace("_", " "): each for name, each in seconds.items()}
+    known = [f"{name} {each:.2f}" for name, each in spelled.items() if each is not None and name != "dense"]
+    missing = [name for name, each in spelled.items() if each is None]
+    text = f"measured seconds of a step, dense = 1: {', '.join(known)}"
+    return textwrap.fill(text + (f"; not measured: {', '.join(missing)}" if missing else ""), 40)
 
 
 def draw_start(recorded: Path, unit: str, steps: float) -> None:

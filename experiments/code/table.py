@@ -83,7 +83,14 @@ QUESTIONS = {
     ],
     "number of experts": ["dense", "copy", "copy_4_experts", "copy_16_experts", "copy_32_experts"],
     "share redrawn": ["dense", "copy", "drop_0.1", "drop_0.25", "drop_0.5", "drop_0.5_independent"],
-    "moments": ["dense", "copy", "dense_moments", "copy_moments"],
+    "moments": [
+        "dense",
+        "copy",
+        "dense_moments",
+        "copy_moments",
+        "copy_every_other",
+        "copy_every_other_moments",
+    ],
     "width of experts": ["dense", "virtual_group", "virtual_group_ungrouped", "virtual_group_4"],
     "copies": ["dense", "copy", "noise", "copy_every_other", "copy_top_1", "copy_softmax_first"],
     "slices": ["dense", "virtual_group", "shuffle_slice", "shuffle_slice_redrawn"],
@@ -94,7 +101,6 @@ QUESTIONS = {
         "shuffle_slice",
         "virtual_group_every_other",
         "shuffle_slice_every_other",
-        "copy_every_other_moments",
     ],
 }
 

@@ -3,7 +3,8 @@
 stories260k is trained on with `upcycle train` on three texts, one donor each. The donors become the experts
 of one Mixture of Experts, in which the rest is that of the base or the average of the donors. The router
 starts at random, from prompts, by ridge regression or from centroids, and is then trained alone. The script
-writes `results.json` and figures. What is there is not repeated, and a run that was stopped goes on.
+writes `results.json` and a figure. What is there is not repeated, and a run that was stopped goes on. If
+nothing is missing, it prints and draws, and needs no checkpoint and no texts.
 
     python experiments/donors/run.py --checkpoint stories260k --texts FOLDER
 """
@@ -29,6 +30,8 @@ DOMAINS = {"stories": "tinystories.txt", "plays": "tinyshakespeare.txt", "articl
 BACKBONES = ("base", "average")
 ROUTERS = ("normal", "prompts", "ridge", "centroids")
 VARIANTS = {f"{router}, {backbone}": (router, backbone) for backbone in BACKBONES for router in ROUTERS}
+DENSE = ("base", *DOMAINS, "mean of weights")  # models without experts
+RIGHT = {f"right networks, {backbone}": backbone for backbone in BACKBONES}
 HELD_OUT = 12_000  # characters at the end of each text; as many before them are not used
 DONOR_STEPS, ROUTER_STEPS = 150, 40  # of 2,048 and 1,024 tokens
 LENGTH = 256
@@ -297,32 +300,48 @@ def mean_text(values: list[float], digits: int) -> str:
     return f"{mean:.{digits}f}" + common.error_text(error, f" ± {{:.{digits}f}}")
 
 
-def main() -> None:
-    """Run what `results.json` does not have, and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--texts", type=Path, required=True, help=f"folder of {', '.join(DOMAINS.values())}")
-    parser.add_argument("--runs", type=Path, default=HERE / "runs")
-    parser.add_argument("--seeds", type=int, default=3)
-    given = parser.parse_args()
+def missing(known: dict[str, Any], jobs: list[tuple[str, int]]) -> list[str]:
+    """Return the names of what the results lack."""
+    done = {(run["variant"], run["seed"]) for run in known.get("runs", ())}
+    lacking = [name for name in (*DENSE, *RIGHT) if name not in known.get("dense", {})]
+    lacking += [f"{variant}, top-1" for variant in VARIANTS if variant not in known.get("top_1", {})]
+    return lacking + [f"{variant}, seed {seed}" for variant, seed in jobs if (variant, seed) not in done]
+
+
+def gather(
+    results: Path, known: dict[str, Any], jobs: list[tuple[str, int]], given: argparse.Namespace
+) -> None:
+    """Run what the results lack, and add it."""
     cut(given)
-    results = HERE / "results.json"
-    known = json.loads(results.read_text()) if results.exists() else {}
     dense, top_1 = known.get("dense", {}), known.get("top_1", {})
-    for name in ("base", *DOMAINS, "mean of weights"):
+    for name in DENSE:
         dense[name] = dense.get(name) or score(model(name, given), given).loss
-    for backbone in BACKBONES:
-        name = f"right networks, {backbone}"
+    for name, backbone in RIGHT.items():
         dense[name] = dense.get(name) or right_networks(backbone, given)
     about = {"dense": dense, "top_1": top_1}
-    jobs = [(variant, seed) for seed in range(given.seeds) for variant in VARIANTS]
-    runs = common.gather(
-        results, jobs, lambda variant, seed: go(variant, seed, given), list(VARIANTS), 1, about
-    )
+    common.gather(results, jobs, lambda variant, seed: go(variant, seed, given), list(VARIANTS), 1, about)
     for variant in VARIANTS:
         top_1[variant] = top_1.get(variant) or with_one_expert(variant, given)
     common.results_file(results, list(VARIANTS)).add(about)
-    show(dense, top_1, runs)
+
+
+def main() -> None:
+    """Run what `results.json` does not have, print the tables and draw the figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, help="stories260k; to train what is missing")
+    parser.add_argument("--texts", type=Path, help=f"folder of {', '.join(DOMAINS.values())}; for the same")
+    parser.add_argument("--runs", type=Path, default=HERE / "runs")
+    parser.add_argument("--seeds", type=int, default=3)
+    given = parser.parse_args()
+    results = HERE / "results.json"
+    known = json.loads(results.read_text()) if results.exists() else {}
+    jobs = [(variant, seed) for seed in range(given.seeds) for variant in VARIANTS]
+    if lacking := missing(known, jobs):
+        if given.checkpoint is None or given.texts is None:
+            sys.exit(f"{len(lacking)} results are missing: give --checkpoint and --texts to make them")
+        gather(results, known, jobs, given)
+        known = json.loads(results.read_text())
+    show(known["dense"], known["top_1"], known["runs"])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 The script trains a larger and a smaller predecessor on CIFAR-10 and collects statistics of the larger one.
 Then it trains every variant with every seed on CIFAR-10 and Fashion-MNIST, and gathers `results.json`; runs
-that are already there are not repeated.
+that are already there are not repeated. If none is missing, it draws the figures and needs no images.
 
     python experiments/moe_jetpack/run.py --images FOLDER
 """
@@ -57,6 +57,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 ORDER = [f"{data}/{variant}" for data in SETS for variant in VARIANTS]
+SHOWN = (
+    "dense_scratch",
+    "small_finetuned",
+    "large_finetuned",
+    "spherical_scratch",
+    "copies",
+    "importance",
+)
 
 
 def with_images(table: dict[str, Any], data: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -161,35 +169,8 @@ def show(runs: list[dict[str, Any]]) -> None:
             )
 
 
-def main() -> None:
-    """Run the missing jobs, gather the results, and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=Path, required=True, help="folder of cifar10-*.parquet and the like")
-    parser.add_argument("--runs", type=Path, default=HERE / "runs")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    options.runs.mkdir(parents=True, exist_ok=True)
-    predecessors = {name: predecessor(name, options) for name in SIZES}
-    prepare(options)
-    runs = common.gather(
-        HERE / "results.json",
-        [(job, seed) for seed in range(options.seeds) for job in ORDER],
-        lambda job, seed: go(job, seed, options),
-        ORDER,
-        options.jobs,
-        {"predecessors": predecessors},
-    )
-    show(runs)
-    shown = (
-        "dense_scratch",
-        "small_finetuned",
-        "large_finetuned",
-        "spherical_scratch",
-        "copies",
-        "importance",
-    )
+def draw(runs: list[dict[str, Any]]) -> None:
+    """Draw the accuracy on each data set."""
     for data in SETS:
         curves = {
             v: [
@@ -197,9 +178,46 @@ def main() -> None:
                 for r in runs
                 if r["variant"] == f"{data}/{v}"
             ]
-            for v in shown
+            for v in SHOWN
         }
         figure.write(HERE / f"{data}.png", f"Accuracy on {data}", curves, "steps of 128 images", "accuracy")
+
+
+def train(jobs: list[tuple[str, int]], options: argparse.Namespace) -> None:
+    """Train the predecessors and the jobs that are missing, and add them to the results."""
+    options.runs.mkdir(parents=True, exist_ok=True)
+    predecessors = {name: predecessor(name, options) for name in SIZES}
+    prepare(options)
+    common.gather(
+        HERE / "results.json",
+        jobs,
+        lambda job, seed: go(job, seed, options),
+        ORDER,
+        options.jobs,
+        {"predecessors": predecessors},
+    )
+
+
+def main() -> None:
+    """Run the missing jobs, print the tables and draw the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument(
+        "--images", type=Path, help="folder of cifar10-*.parquet and the like; to train what is missing"
+    )
+    parser.add_argument("--runs", type=Path, default=HERE / "runs")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    jobs = [(job, seed) for seed in range(options.seeds) for job in ORDER]
+    results = common.results_file(HERE / "results.json", ORDER)
+    if missing := {*jobs} - {*results.known()}:
+        if options.images is None:
+            sys.exit(f"{len(missing)} runs are missing: give --images to train them")
+        train(jobs, options)
+    runs = [*results.known().values()]
+    show(runs)
+    draw(runs)
 
 
 if __name__ == "__main__":

@@ -46,11 +46,11 @@ CORE: dict[str, Changes] = {
         "successor": {"hidden_size": dense.WIDTHS["small"], "rest": "{folder}/small-{start}"},
     },
     "large": {"source": "{folder}/large-{start}", **CARRIED},
+    "small_of_all_flops": {"source": "{folder}/small-154", **CARRIED},
 }  # fmt: skip
 
 FACTORS: dict[str, Changes] = {
     "copies": ALIKE,
-    "small_of_all_flops": {"source": "{folder}/small-154", **CARRIED},
     "weight_selection": {"source": "{folder}/selected-{start}", **WARM},
     "uniform": {**NARROWER, **DUAL, "init": {"name": "uniform"}, **WARM},
 }

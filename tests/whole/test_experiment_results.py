@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 import sys
 import threading
 import time
@@ -19,6 +20,7 @@ import pytest
 
 import scripts
 from upcycle.records.state import RunState
+from upcycle.reporting import inks
 
 SOON = 20.0  # seconds after which a test that waits has failed
 
@@ -262,7 +264,7 @@ def drawn(modules, monkeypatch) -> dict[str, Any]:
     """The curves of each figure, by the name of its file; nothing is drawn."""
     found: dict[str, Any] = {}
     monkeypatch.setattr(
-        modules.figure, "write", lambda path, title, curves, x, y: found.update({path.name: curves})
+        modules.figure, "write", lambda path, title, curves, x, y, **_: found.update({path.name: curves})
     )
     return found
 
@@ -323,8 +325,8 @@ def test_the_error_of_one_seed_is_unknown(modules, outcome):
     assert modules.common.mean_and_error([1.0, 2.0, 6.0]) == (3.0, pytest.approx(7**0.5 / 3**0.5))
     found = outcome(dense_8=DENSE, copy_8=[curve(1, 2.6, 2.2)], drop_8=[curve(1, 2.6, 2.2), curve(2, 2, 2.4)])
     *_, dense, copy, drop = found.table()
-    assert dense == "| 8 | dense | 2 | 2.500 | 2.3500 ± 0.0500 |  |  |  |"
-    assert copy == "| 8 | copy | 1 | 2.600 | 2.2000 | -0.1000 | 0% | 10% |"
+    assert dense == "| 8 | dense | 2 | 2.500 | 2.3500 ± 0.0500 |  |  |  |  |"
+    assert copy == "| 8 | copy | 1 | 2.600 | 2.2000 | -0.1000 | 0% | 5.0% | 10% |"
     assert drop.startswith("| 8 | drop | 2 | 2.300 | 2.3000 ± 0.1000 | -0.1000 |")  # one seed in common
 
 
@@ -349,6 +351,93 @@ def test_ahead_and_behind_are_beyond_two_standard_errors_of_pairs(outcome):
     assert errors == pytest.approx([0.0, 0.2, 0.0, 0.0], abs=1e-12)
     assert (found.behind(8, "copy"), found.ahead(8, "copy")) == (0.0, pytest.approx(ends[2]))
     assert (found.behind(8, "drop"), found.ahead(8, "drop")) == (None, None)  # -0.05, with 0.1
+
+
+def test_a_crossing_is_that_of_each_seed_and_has_an_error(outcome):
+    """The gaps of the two seeds fall in a straight line from 0.3 and 0.1 to -0.1."""
+    found = outcome(
+        dense_8=[course(0, 3.0, 2.8, 2.6), course(1, 4.0, 3.8, 3.6)],
+        copy_8=[course(0, 3.3, 2.9, 2.5), course(1, 4.1, 3.8, 3.5)],
+    )
+    whole = 10 / found.spent(8)
+    assert found.crossings(8, "copy") == pytest.approx([0.75 * whole, 0.5 * whole])
+    mean, error = found.crosses(8, "copy")
+    assert (mean, error) == (pytest.approx(0.625 * whole), pytest.approx(0.125 * whole))
+    assert f"| {100 * mean:.1f} ± {100 * error:.1f}% |" in found.table()[-1]
+
+
+def test_a_seed_that_crosses_twice_counts_where_it_crosses_for_good(outcome):
+    found = outcome(dense_8=[course(0, 3.0, 3.0, 3.0, 3.0)], copy_8=[course(0, 3.1, 2.9, 3.1, 2.9)])
+    assert found.crossings(8, "copy") == pytest.approx([2.5 / 3 * 10 / found.spent(8)])
+
+
+@pytest.mark.parametrize(
+    ("ends", "cell"), [((2.9, 3.1), "not yet"), ((2.9, 3.0), "not yet"), ((2.9, 2.9), "-")]
+)
+def test_what_has_not_crossed_and_what_was_never_behind_have_no_number(outcome, ends, cell):
+    found = outcome(
+        dense_8=[course(0, 3.0, 3.0), course(1, 3.0, 3.0)],
+        copy_8=[course(seed, 3.0, end) for seed, end in enumerate(ends)],
+    )
+    assert found.table()[-1].split(" | ")[7] == cell
+
+
+def test_crossings_are_drawn_from_the_starts_where_all_seeds_cross(modules, outcome, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(modules.figure, "write_points", lambda path, title, points, *_: drawn.update(points))
+    dense, crossing = [course(0, 3.0, 3.0)], [course(0, 3.1, 2.9)]
+    found = outcome(dense_8=dense, dense_9=dense, copy_8=crossing, copy_9=crossing, drop_8=crossing,
+                    drop_9=[course(0, 3.1, 3.1)])  # fmt: skip
+    found.draw_crossings(tmp_path / "crossing.png", "title", "x", "y")
+    assert drawn == {"copy": [(start, pytest.approx(500 / found.spent(start)), None) for start in (8, 9)]}
+
+
+def test_points_have_bars_of_one_standard_error(modules, tmp_path, monkeypatch):
+    """The error of one seed is unknown: a point without a bar."""
+    made = []
+    monkeypatch.setattr(
+        modules.figure.drawing, "png", lambda picture: made.append(picture.draw(inks.LIGHT)) or b""
+    )
+    points = {"one": [(40, 9.0, 2.0), (80, 5.0, None)]}
+    modules.figure.write_points(tmp_path / "figure.png", "title", points, "x", "y", {"one": 3})
+    (axes,) = made[0].axes
+    (_, _, (bars,)) = axes.containers[0]
+    assert [[y for _, y in bar] for bar in bars.get_segments()] == [[7.0, 11.0], [5.0, 5.0]]
+    assert axes.get_lines()[0].get_color() == inks.LIGHT.series[3]
+    assert (axes.get_xscale(), [*axes.get_xticks()]) == ("log", [40, 80])
+
+
+def test_costs_are_counted_in_tokens_flops_and_measured_seconds(modules, outcome, tmp_path, monkeypatch):
+    """A step of copies costs twice the FLOPs and 1.5 times the seconds; those of `drop` are not measured."""
+    drawn = {}
+    monkeypatch.setattr(modules.figure, "write_panels", lambda path, title, panels, *_: drawn.update(panels))
+    found = outcome(
+        dense_8=[course(0, 3.0, 2.8)], copy_8=[course(0, 3.0, 2.7, flops=20)], drop_8=[course(0, 3.0, 2.6)]
+    )
+    found.draw_costs(tmp_path / "costs.png", 8, "From 8", "loss", {"dense": 1.0, "copy": 1.5})
+    (_, tokens), (_, flops), (label, seconds) = drawn.values()
+    assert [*drawn] == ["From 8, in tokens", "From 8, in FLOPs", "From 8, in seconds"]
+    ends = [{name: seeds[0][-1][0] for name, seeds in each.items()} for each in (tokens, flops, seconds)]
+    assert ends == [
+        {"dense": 1.0, "copy": 1.0, "drop": 1.0},  # one step, of the 100 of the start
+        {"dense": 1.0, "copy": 2.0, "drop": 1.0},
+        {"dense": 1.0, "copy": 1.5},
+    ]
+    assert " ".join(label.split()).endswith("dense = 1: copy 1.50; not measured: drop")
+
+
+def test_panels_share_an_axis_and_a_legend(modules, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        modules.figure.drawing, "png", lambda picture: made.append(picture.draw(inks.LIGHT)) or b""
+    )
+    line = [[(0, 3.0), (1, 2.0)]]
+    panels = {"first": ("a", {"one_1": line, "two": line}), "second": ("b", {"two": line})}
+    modules.figure.write_panels(tmp_path / "figure.png", "title", panels, "y", {"one_1": 0, "two": 4})
+    first, second = made[0].axes
+    assert first.get_ylim() == second.get_ylim()
+    assert [text.get_text() for text in made[0].legends[0].get_texts()] == ["one 1", "two"]
+    assert second.get_lines()[0].get_color() == inks.LIGHT.series[4]
 
 
 def test_a_run_that_ends_after_dense_continuation_is_not_ahead(outcome):
@@ -399,3 +488,38 @@ def test_a_curve_of_one_seed_has_no_band(modules, monkeypatch, tmp_path):
     assert (lines["one"].low, lines["one"].high) == (None, None)
     assert [*lines["two"].low] == [3.0, 2.0]
     assert [*lines["two"].high] == [5.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "figures"), [("moe_jetpack", ["cifar10.png", "fashion_mnist.png"]), ("donors", ["figure.png"])]
+)
+def test_what_is_recorded_is_drawn_without_the_data(name, figures, tmp_path, monkeypatch):
+    """Nothing is trained, and the results stay as they are."""
+    with scripts.loaded(name) as script:
+        results = tmp_path / "results.json"
+        shutil.copyfile(script.HERE / "results.json", results)
+        recorded = results.read_text()
+        monkeypatch.setattr(script, "HERE", tmp_path)
+        monkeypatch.setattr(script.common, "train", None)
+        monkeypatch.setattr(sys, "argv", [name, "--runs", str(tmp_path / "runs")])
+        script.main()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".png") == figures
+    assert results.read_text() == recorded
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("moe_jetpack", "1 runs are missing: give --images to train them"),
+        ("donors", "1 results are missing: give --checkpoint and --texts to make them"),
+    ],
+)
+def test_what_is_missing_is_asked_for(name, said, tmp_path, monkeypatch):
+    with scripts.loaded(name) as script:
+        found = json.loads((script.HERE / "results.json").read_text())
+        (tmp_path / "results.json").write_text(json.dumps(found | {"runs": found["runs"][1:]}))
+        monkeypatch.setattr(script, "HERE", tmp_path)
+        monkeypatch.setattr(sys, "argv", [name])
+        with pytest.raises(SystemExit, match=said):
+            script.main()

@@ -19,6 +19,7 @@ import pytest
 import scripts
 import tiny
 from upcycle.recipe import Recipe
+from upcycle.reporting.inks import LIGHT
 
 ROOT = Path(__file__).parents[2] / "experiments"
 SCRIPTS = [
@@ -200,6 +201,30 @@ def test_questions_are_about_variants(script):
     asked = {name for names in script.EXPERIMENT.questions.values() for name in names}
     assert asked <= {*script.EXPERIMENT.variants}
     assert {*script.EXPERIMENT.core} <= {*script.EXPERIMENT.variants}
+
+
+@pytest.mark.parametrize("script", CONTINUATIONS, indirect=True)
+def test_each_variant_has_a_colour_of_its_own_in_a_figure(script):
+    """And in an experiment, what shares a colour has another dash."""
+    table = importlib.import_module("places")
+    assert len(LIGHT.series) == table.COLOURS
+    shown = [script.EXPERIMENT.core, *script.EXPERIMENT.questions.values()]
+    for names in shown:
+        assert len({table.PLACES[name] % table.COLOURS for name in names}) == len(names)
+    every = {name for names in shown for name in names}
+    assert len({table.PLACES[name] for name in every}) == len(every)
+
+
+@pytest.mark.parametrize("script", ["vision/jetpack"], indirect=True)
+def test_the_figure_of_jetpack_has_the_smaller_model_that_spent_as_much(script):
+    assert "small_of_all_flops" in script.EXPERIMENT.core
+
+
+@pytest.mark.parametrize("script", ["code/figures"], indirect=True)
+def test_seconds_are_those_that_a_benchmark_measured_at_the_size_of_the_model(script):
+    """Copies are not in the benchmark."""
+    assert script.seconds().keys() == {"dense", "virtual_group", "shuffle_slice"}
+    assert 1 < script.seconds()["shuffle_slice"] == script.seconds()["virtual_group"] < 1.3
 
 
 @pytest.mark.parametrize(

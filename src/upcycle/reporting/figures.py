@@ -70,22 +70,7 @@ def curves(
     longest = max((float(np.nanmax(np.abs(line.x))) for line in lines if line.x.size), default=1.0)
     exponent = _exponent(longest) if x.counted else 0
     figure, axes = _panel(inks, title, [line.label for line in lines])
-    handles = []
-    for line in lines:
-        colour = inks.series[line.place % len(inks.series)]
-        scaled = line.x / 10.0**exponent
-        (handle,) = axes.plot(
-            scaled, line.y,
-            color=colour,
-            linestyle=_DASHES[_turn(line.place)],
-            linewidth=1.6,
-            marker=_MARKERS[_turn(line.place)] if line.marked else None,
-            markersize=4,
-            markevery=max(1, line.x.size // 8),
-        )  # fmt: skip
-        if line.low is not None and line.high is not None:
-            axes.fill_between(scaled, line.low, line.high, color=colour, alpha=0.2, linewidth=0)
-        handles.append(handle)
+    handles = [draw_line(axes, inks, line, 10.0**exponent) for line in lines]
     for number, mark in enumerate(marks):
         at, colour = mark.x / 10.0**exponent, inks.series[mark.place % len(inks.series)]
         axes.axvline(at, color=colour, linewidth=0.9, linestyle=(0, (2, 2)))
@@ -108,6 +93,23 @@ def curves(
         _plain_log_ticks(axes)
     _legend(figure, inks, handles, [line.label for line in lines])
     return figure
+
+
+def draw_line(axes: Axes, inks: Inks, line: Line, unit: float = 1.0) -> Any:
+    """Draw a line with its band, its x in `unit`, and return what a legend shows of it."""
+    colour, scaled = inks.series[line.place % len(inks.series)], line.x / unit
+    (handle,) = axes.plot(
+        scaled, line.y,
+        color=colour,
+        linestyle=_DASHES[_turn(line.place)],
+        linewidth=1.6,
+        marker=_MARKERS[_turn(line.place)] if line.marked else None,
+        markersize=4,
+        markevery=max(1, line.x.size // 8),
+    )  # fmt: skip
+    if line.low is not None and line.high is not None:
+        axes.fill_between(scaled, line.low, line.high, color=colour, alpha=0.2, linewidth=0)
+    return handle
 
 
 def dots(
@@ -205,6 +207,12 @@ def _panel(inks: Inks, title: str, labels: Sequence[str], height: float = HEIGHT
     legend = 0.12 + 0.2 * math.ceil(lines / _columns(labels)) if labels else 0.0
     figure = Figure(figsize=(WIDTH, height + legend), layout="constrained")
     axes = figure.add_subplot()
+    frame(axes, inks, title)
+    return figure, axes
+
+
+def frame(axes: Axes, inks: Inks, title: str) -> None:
+    """Give a panel its title, its grid and its colours."""
     axes.set_facecolor("none")
     axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=inks.ink)
     axes.tick_params(colors=inks.ink, labelsize=9)
@@ -215,7 +223,6 @@ def _panel(inks: Inks, title: str, labels: Sequence[str], height: float = HEIGHT
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(inks.faint)
-    return figure, axes
 
 
 def _columns(labels: Sequence[str]) -> int:
