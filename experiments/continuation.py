@@ -170,6 +170,7 @@ class Continuation:
             "changes": self.variants[variant],
             "parameters": record["parameters"],
             "active_parameters": record["active_parameters"],
+            "start_sha256": record["source_sha256"]["source"],  # a start can be trained a second time
             "curve": self.curve(run, record["training_flops_per_row"]),
         }
 
