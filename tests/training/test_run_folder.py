@@ -473,6 +473,45 @@ def test_export_tells_of_the_source_that_was_trained(table: Table, source: Path,
     assert told["source"]["sha256"] == json.loads((out / "run.json").read_text())["source_sha256"]["source"]
     assert told["training"][0]["source_hashed"] == "at the start"
 
+
+def configured(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+@pytest.mark.parametrize("changes", [{}, MOE], ids=["dense", "moe"])
+def test_a_changed_config_is_refused(changes: Table, table: Table, source: Path, tmp_path: Path) -> None:
+    """With another epsilon the same weights are another model, and no hash of a weight file shows it."""
+    mine, three = shutil.copytree(source, tmp_path / "mine"), {"train": {"steps": 3}}
+    out = begun(table, source=str(mine), **changes)
+    before = (out / "run.json").read_bytes()
+    configured(mine, rms_norm_eps=0.5, max_position_embeddings=32)
+    said = r"max_position_embeddings, rms_norm_eps in config\.json of the source mine changed since "
+    with pytest.raises(UpcycleError, match=rf"{said}step 2 was saved; put the file back"):
+        train(Run.of(table(source=str(mine), **changes, **three)), resume=True)
+    with pytest.raises(UpcycleError, match=rf"{said}\S*run was trained from it; put the file back"):
+        export(out, tmp_path / "out")
+    assert (out / "run.json").read_bytes() == before
+    shutil.copyfile(source / "config.json", mine / "config.json")
+    configured(mine, transformers_version="5.0.0", _name_or_path="mine")  # these say who wrote it
+    assert train(Run.of(table(source=str(mine), **changes, **three)), resume=True).finished
+    assert export(out, tmp_path / "out").step == 3
+
+
+def test_a_record_of_an_earlier_version_knows_no_config(table: Table, source: Path, tmp_path: Path) -> None:
+    mine = shutil.copytree(source, tmp_path / "mine")
+    out = begun(table, source=str(mine))
+    record = json.loads((out / "run.json").read_text())
+    assert record.pop("config_sha256").keys() == {"source"}
+    whole_file.write_json(out / "run.json", record)
+    for _, checkpoint in saving.checkpoints(out):
+        state = replace(saving.read_state(checkpoint), config_sha256=None).sealed()
+        whole_file.write_json(checkpoint / "state.json", state.as_table())
+    configured(mine, rms_norm_eps=0.5)
+    assert train(Run.of(table(source=str(mine), train={"steps": 3})), resume=True).finished
+    assert export(out, tmp_path / "out").step == 3
+
+
 def test_a_run_of_relative_paths_is_exported_from_anywhere(
     table: Table, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
