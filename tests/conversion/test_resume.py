@@ -300,8 +300,8 @@ def test_a_partial_folder_of_a_version_without_checksums(source, tmp_path, monke
 def test_a_small_file_that_a_kill_left_half_written(source, tmp_path, monkeypatch):
     """It is no part of the result, and upcycle.json does not speak of it."""
     partial = broken(source, tmp_path / "out", monkeypatch)
-    (partial / "model.safetensors.index.json.123.partial").write_text("{")
-    (partial / "upcycle.json.123.partial").write_text("{")
+    (partial / "model.safetensors.index.json.123-0123abcd.partial").write_text("{")
+    (partial / "upcycle.json.123-0123abcd.partial").write_text("{")
     convert(source, tmp_path / "out", RECIPE, resume=True, shard_size=120_000)
     convert(source, tmp_path / "calm", RECIPE, shard_size=120_000)
     assert digests(tmp_path / "out") == digests(tmp_path / "calm")

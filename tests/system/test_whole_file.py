@@ -54,11 +54,32 @@ def test_a_file_that_is_filled_has_its_name_at_the_end_and_leaves_nothing_after_
 
 
 def test_leftovers_of_one_file_go_and_those_of_others_stay(tmp_path):
-    names = ["a[1].bin", "a[1].bin.partial", "a1.bin.7.partial", "a[1].bin.partial.7.partial"]
-    for name in [*names, "a[1].bin.7.partial", "a[1].bin.88.partial"]:
+    mine = "7-0123abcd.partial"  # as `making` ends the name of a half-written file
+    names = [
+        "a[1].bin",
+        "a[1].bin.partial",
+        f"a1.bin.{mine}",
+        f"a[1].bin.partial.{mine}",
+        "a[1].bin.7.partial",
+    ]
+    for name in [*names, f"a[1].bin.{mine}", "a[1].bin.88-aaaaaaaa.partial"]:
         (tmp_path / name).touch()
     whole_file.clear_of(tmp_path / "a[1].bin")
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names)
+
+
+def test_only_what_was_being_made_is_cleared_from_a_folder(tmp_path):
+    names = ["a.partial", "a.b.partial", "imagenet.tar.partial", "a.7.partial", "a.7-b.partial", "7-0123abcd"]
+    for name in names:
+        (tmp_path / name).touch()
+    (tmp_path / "folder.7-0123abcd.partial").mkdir()
+    with whole_file.making(tmp_path / "killed.bin") as partial:
+        partial.touch()
+        whole_file.clear(tmp_path)
+        assert not partial.exists()
+        partial.touch()  # for the end of the block
+    found = sorted(p.name for p in tmp_path.iterdir())
+    assert found == sorted([*names, "folder.7-0123abcd.partial", "killed.bin"])
 
 
 def test_two_machines_may_have_the_same_number_of_a_process(tmp_path):

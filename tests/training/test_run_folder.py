@@ -45,6 +45,7 @@ from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
 
 MOE = {"moe": {"num_experts": 4, "top_k": 2}, "init": {"name": "copy"}}
+HALF = "77-0123abcd.partial"  # how the name of a half-written file ends
 WORDS = "One day a small cat saw a big red ball and ran to it. "
 
 
@@ -166,17 +167,132 @@ def test_what_a_kill_left_is_cleared_away(table: Table) -> None:
     out = begun(table)
     (out / "teacher").mkdir()
     left = [
-        out / "tokens" / "0123.77.partial",
-        out / "teacher" / "0.logits.77.partial",
-        out / "run.json.77.partial",
-        out / "metrics.partial",
+        out / "tokens" / f"0123.{HALF}",
+        out / "teacher" / f"0.logits.{HALF}",
+        out / f"run.json.{HALF}",
+        out / f"metrics.jsonl.{HALF}",
+        out / "checkpoints" / "step-9.partial" / "__0_0.distcp",
+        out / "checkpoints" / "step-9.partial" / f"state.json.{HALF}",
     ]
-    for path in left:
+    theirs = [
+        out / "tokens" / "mine.partial",
+        out / "tokens" / "a.b.partial",
+        out / f"model.gguf.{HALF}",  # of another command
+        out / "checkpoints" / "step-8.partial" / "x",
+        out / "checkpoints" / "step-x.partial" / "x",
+    ]
+    for path in [*left, *theirs]:
+        path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"half")
-    (out / "tokens" / "mine.partial").write_text("not of this program")
     train(Run.of(table(train={"steps": 3})), resume=True)
     assert not [path for path in left if path.exists()]
-    assert (out / "tokens" / "mine.partial").exists()
+    assert not left[-1].parent.exists()
+    assert all(path.exists() for path in theirs)
+
+
+THEIRS = {
+    "several": ["checkpoints/step-3/x.bin", "checkpoints/step-9.partial/x", "images/a.b.partial"],
+    "checkpoints": ["checkpoints/step-3/pytorch_model.bin"],
+    "state": ["checkpoints/step-3/state.json"],
+    "tokens": [f"tokens/x.{HALF}"],
+    "teacher": ["teacher/config.json"],
+    "beside": ["beside/notes"],
+    "metrics": ["metrics.jsonl"],
+    "run": ["run.json"],
+}
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize(
+    "names", quick(list(THEIRS.values()), THEIRS["several"], THEIRS["metrics"]), ids=THEIRS
+)
+def test_a_folder_of_somebody_else_stays_as_it_is(names: list[str], resume: bool, table: Table) -> None:
+    out = Path(table()["out"])
+    for name in names:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("{}")
+    before = content(out)
+    said = r"holds .*choose another `out`|state\.json cannot be read"
+    with pytest.raises(UpcycleError, match=said):
+        train(Run.of(table()), resume=resume)
+    assert content(out) == before
+
+
+def test_a_folder_that_has_nothing_of_what_a_run_writes_is_taken(table: Table) -> None:
+    out = Path(table()["out"])
+    (out / "checkpoints").mkdir(parents=True)
+    (out / "run.toml").write_text("mine")
+    assert train(Run.of(table())).finished
+    assert (out / "run.toml").read_text() == "mine"
+
+
+def test_the_first_rank_says_whose_a_folder_is(table: Table) -> None:
+    """Another one may see an older list of files. It asks nobody else, and writes nothing."""
+
+    class Second(Ranks):
+        def share(self, value: Any) -> Any:
+            return "the first rank says no"
+
+    out = Path(table()["out"])
+    (out / "tokens").mkdir(parents=True)
+    (out / "tokens" / f"x.{HALF}").touch()
+    before, here = content(out), Second(rank=1, device=torch.device("cpu"))
+    with pytest.raises(UpcycleError, match="the first rank says no"):
+        run_folder.claimed(Run.of(table()), [], here, resume=False).__enter__()
+    assert content(out) == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_ended_before_its_record_begins_anew(resume: bool, table: Table, monkeypatch) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    out = Path(table()["out"])
+    with monkeypatch.context() as patched:
+        patched.setattr(run_folder, "write_record", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(Run.of(table()))
+    assert (out / "tokens").is_dir()
+    assert not (out / "run.json").exists()
+    (out / run_folder.LOCK).touch()  # SIGKILL leaves it
+    (half := out / "tokens" / f"x.{HALF}").touch()
+    assert train(Run.of(table()), resume=resume).finished
+    assert not half.exists()
+
+
+@pytest.mark.parametrize("has", ["record", "checkpoints"])
+def test_a_folder_of_an_earlier_version_goes_on(has: str, table: Table) -> None:
+    """It has no marker."""
+    out = begun(table)
+    (out / run_folder.MARKER).unlink()
+    if has == "record":
+        shutil.rmtree(out / "checkpoints")
+    else:
+        (out / "run.json").unlink()
+    with pytest.raises(UpcycleError, match="holds a run already"):
+        train(Run.of(table()))
+    assert train(Run.of(table()), resume=True).finished
+    assert len(read(out)) == 2
+
+
+@pytest.mark.usefixtures("on_screen")
+def test_a_checkpoint_of_somebody_else_is_not_written_over(table: Table, capsys) -> None:
+    out = begun(table)
+    theirs = ["step-0/state.json", "step-0/x", "step-3/pytorch_model.bin", "step-4.partial/x"]
+    for name in theirs:
+        (out / "checkpoints" / name).parent.mkdir(exist_ok=True)
+        (out / "checkpoints" / name).write_text("{}")
+    kept = {"checkpoint": {"keep": 1}}
+    assert train(Run.of(table(train={"steps": 5}, **kept)), resume=True).finished
+    said = " ".join(capsys.readouterr().err.split())
+    assert "step 3 could not be saved (" in said
+    assert "step-4.partial is in the way, and it was not left by upcycle; move it away" in said
+    there = sorted(name for name in content(out / "checkpoints") if not name.startswith("step-5/"))
+    assert there == theirs
+    (out / "checkpoints" / "step-6").mkdir()
+    (out / "checkpoints" / "step-6" / "mine").touch()
+    with pytest.raises(UpcycleError, match=r"step 6 could not be saved .*step-6 is in the way"):
+        train(Run.of(table(train={"steps": 6}, **kept)), resume=True)
 
 
 DAMAGED = [b"", b"5", b"[]", b"{}", b'{"run": {}}', b"\xff", b"[" * 100_000]
@@ -356,6 +472,44 @@ def test_export_tells_of_the_source_that_was_trained(table: Table, source: Path,
     told = json.loads((tmp_path / "out" / "upcycle.json").read_text())
     assert told["source"]["sha256"] == json.loads((out / "run.json").read_text())["source_sha256"]["source"]
     assert told["training"][0]["source_hashed"] == "at the start"
+
+
+def configured(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+@pytest.mark.parametrize("changes", [{}, MOE], ids=["dense", "moe"])
+def test_a_changed_config_is_refused(changes: Table, table: Table, source: Path, tmp_path: Path) -> None:
+    """With another epsilon the same weights are another model, and no hash of a weight file shows it."""
+    mine, three = shutil.copytree(source, tmp_path / "mine"), {"train": {"steps": 3}}
+    out = begun(table, source=str(mine), **changes)
+    before = (out / "run.json").read_bytes()
+    configured(mine, rms_norm_eps=0.5, max_position_embeddings=32)
+    said = r"max_position_embeddings, rms_norm_eps in config\.json of the source mine changed since "
+    with pytest.raises(UpcycleError, match=rf"{said}step 2 was saved; put the file back"):
+        train(Run.of(table(source=str(mine), **changes, **three)), resume=True)
+    with pytest.raises(UpcycleError, match=rf"{said}\S*run was trained from it; put the file back"):
+        export(out, tmp_path / "out")
+    assert (out / "run.json").read_bytes() == before
+    shutil.copyfile(source / "config.json", mine / "config.json")
+    configured(mine, transformers_version="5.0.0", _name_or_path="mine")  # these say who wrote it
+    assert train(Run.of(table(source=str(mine), **changes, **three)), resume=True).finished
+    assert export(out, tmp_path / "out").step == 3
+
+
+def test_a_record_of_an_earlier_version_knows_no_config(table: Table, source: Path, tmp_path: Path) -> None:
+    mine = shutil.copytree(source, tmp_path / "mine")
+    out = begun(table, source=str(mine))
+    record = json.loads((out / "run.json").read_text())
+    assert record.pop("config_sha256").keys() == {"source"}
+    whole_file.write_json(out / "run.json", record)
+    for _, checkpoint in saving.checkpoints(out):
+        state = replace(saving.read_state(checkpoint), config_sha256=None).sealed()
+        whole_file.write_json(checkpoint / "state.json", state.as_table())
+    configured(mine, rms_norm_eps=0.5)
+    assert train(Run.of(table(source=str(mine), train={"steps": 3})), resume=True).finished
+    assert export(out, tmp_path / "out").step == 3
 
 
 def test_a_run_of_relative_paths_is_exported_from_anywhere(

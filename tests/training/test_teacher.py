@@ -203,6 +203,11 @@ def test_a_run_goes_on_to_the_bit_and_is_exported_without_its_teacher(trainable,
     assert (again.loss, again.held_out_loss) == (whole.loss, whole.held_out_loss)
     shutil.rmtree(dict(saving.checkpoints(tmp_path / "run"))[4])
     config = teacher / "config.json"
+    written = config.read_text()
+    config.write_text(json.dumps({**json.loads(written), "rms_norm_eps": 0.5}))
+    with pytest.raises(UpcycleError, match=r"rms_norm_eps in config\.json of the teacher teacher changed"):
+        train(table, resume=True)
+    config.write_text(written)
     weights = teacher / "model.safetensors"
     raw = bytearray(weights.read_bytes())
     raw[-1] ^= 1
@@ -283,6 +288,22 @@ def test_a_shared_folder_is_written_by_several_runs(tmp_path):
     (tmp_path / "0.logits.77.partial").touch()
     maker._claim()
     assert (tmp_path / "0.logits.77.partial").exists()
+
+
+def test_kept_logits_of_another_config_are_refused(trainable, tmp_path):
+    """A folder of an earlier version does not say of which config its logits are."""
+    teacher = shutil.copytree(trainable[0], tmp_path / "teacher")
+    given = {"source": str(teacher), "top_logits": 4, "cache": str(tmp_path / "cache")}
+    table = table_of(trainable, tmp_path / "run", teacher=given, train={"steps": 1, "eval_every": 0})
+    train(table)
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    with pytest.raises(UpcycleError, match=r"made otherwise \(they differ in config\)"):
+        train({**table, "out": str(tmp_path / "other")})
+    about = json.loads((tmp_path / "cache" / "about.json").read_text())
+    del about["config"]
+    (tmp_path / "cache" / "about.json").write_text(json.dumps(about))
+    assert train({**table, "out": str(tmp_path / "another")}).finished
 
 
 @pytest.mark.slow

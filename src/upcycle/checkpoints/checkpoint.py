@@ -65,12 +65,14 @@ class Checkpoint:
         allow_nonfinite: bool = False,
         label: str = "source",
         stamps: Mapping[Path, Stamp] | None = None,
+        config_file: str = CONFIG,
     ) -> None:
         """`stamps` are those of the files before anything was read of them."""
         self.label = label  # its role in a blueprint
         self.name = folder.resolve().name  # its name for users; a hub id if it came from the hub
         self.folder = folder
         self.config = config
+        self.config_file = config_file  # the name of the file that has the config
         self.tensors = tensors
         self.allow_nonfinite = allow_nonfinite
         self.files = sorted({info.file for info in tensors.values()})

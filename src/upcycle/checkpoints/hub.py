@@ -68,7 +68,13 @@ def _open(folder: Path, files: Files | None, *, allow_nonfinite: bool, label: st
         raise UpcycleError(f"{folder} has no {files.weights}; save the adapter with peft as safetensors")
     stamps = {weights: stamp(weights)}
     return Checkpoint(
-        folder, config, read_header(weights), allow_nonfinite=allow_nonfinite, label=label, stamps=stamps
+        folder,
+        config,
+        read_header(weights),
+        allow_nonfinite=allow_nonfinite,
+        label=label,
+        stamps=stamps,
+        config_file=files.config,
     )
 
 
@@ -159,7 +165,9 @@ def peek(
         for file, header in headers.items()
         for name, info in header.tensors.items()
     }
-    opened = Checkpoint(folder, config, tensors, allow_nonfinite=allow_nonfinite, label=label)
+    opened = Checkpoint(
+        folder, config, tensors, allow_nonfinite=allow_nonfinite, label=label, config_file=name
+    )
     opened.name = str(source)
     return opened
 

@@ -27,6 +27,7 @@ class RunState(Document):
 
     format: int = sometimes(Document.FORMAT)
     source_sha256: Mapping[str, Mapping[str, str]] | None = sometimes()  # keyed by checkpoint and file
+    config_sha256: Mapping[str, Mapping[str, str]] | None = sometimes()  # keyed by checkpoint and key
     step: int
     held_out_loss: float | None = sometimes()
     held_out_start: float | None = sometimes()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+_MADE = re.compile(r"(.+)\.\d+-[0-9a-f]{8}\.partial", re.DOTALL)  # the names that `making` yields
 
 
 @contextmanager
@@ -60,14 +62,20 @@ def write(path: Path, data: bytes) -> None:
 
 def clear(folder: Path) -> None:
     """Delete the half-written files that a killed process left in `folder`; nobody else may write there."""
-    for left in folder.glob("*.[0-9]*.partial"):
-        left.unlink(missing_ok=True)
+    _clear(folder, None)
 
 
 def clear_of(path: Path) -> None:
     """Delete what a killed process left of the file `path`; nobody else may write that file."""
-    for left in path.parent.glob(f"{glob.escape(path.name)}.[0-9]*.partial"):
-        left.unlink(missing_ok=True)
+    _clear(path.parent, path.name)
+
+
+def _clear(folder: Path, name: str | None) -> None:
+    """Delete the half-written files in `folder` that were to get this name; None: any name."""
+    for left in folder.glob("*.partial"):
+        made = _MADE.fullmatch(left.name)
+        if made and name in (None, made[1]) and left.is_file():
+            left.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -20,6 +20,7 @@ from upcycle.tasks import Task
 from upcycle.training import (
     agreement,
     back,
+    config_hashes,
     enter,
     fit,
     late_experts,
@@ -31,6 +32,7 @@ from upcycle.training import (
     teacher,
 )
 from upcycle.training.anatomy import Anatomy
+from upcycle.training.config_hashes import ConfigHashes
 from upcycle.training.course import Course
 from upcycle.training.feeds import Feeds
 from upcycle.training.hashing import hashes_of
@@ -82,6 +84,7 @@ def first_refusals(run: Run, begun: Start, task: Task, asked: Run | None = None)
 def ready(run: Run, begun: Start, task: Task, here: Ranks, checkpoint: Path | None) -> Ready:
     """Build the model and its optimizer and open the data, at step 0 or at `checkpoint`."""
     before = None if checkpoint is None else saving.read_state(checkpoint)
+    configs = config_hashes.of(begun.checkpoints)  # as they were read: a class may change its own
     asked, run = run, run_folder.settled(run, checkpoint)
     task = run.task or task
     _warn(run, asked, begun, task, here, begins=checkpoint is None)
@@ -116,7 +119,10 @@ def ready(run: Run, begun: Start, task: Task, here: Ranks, checkpoint: Path | No
         precision=precision,
         anatomy=anatomy,
     )
-    state = _first_state(trainee, hashes) if checkpoint is None else back.restore(trainee, feeds, checkpoint)
+    if checkpoint is None:
+        state = _first_state(trainee, hashes, configs)
+    else:
+        state = back.restore(trainee, feeds, checkpoint)
     feed, left = feeds.of(course.after(state.step)), run.train.total_steps - state.step
     taught = teacher.teaching(run, begun, task, feed, here, precision=precision, steps=left)
     trainee = replace(trainee, teacher=taught)
@@ -125,14 +131,14 @@ def ready(run: Run, begun: Start, task: Task, here: Ranks, checkpoint: Path | No
     return Ready(course=course, trainee=trainee, anatomy=anatomy, feeds=feeds, state=state)
 
 
-def _first_state(trainee: Trainee, hashes: Hashes | None) -> RunState:
+def _first_state(trainee: Trainee, hashes: Hashes | None, configs: ConfigHashes) -> RunState:
     """Return the state at step 0. If the run asks for it, the optimizer gets the moments of its source."""
     run = trainee.run
     if run.optimizer.carry_state:
         stopped = moments.carry_state(trainee.start, run, trainee.ranks, trainee.model, trainee.optimizer)
         if trainee.ranks.first and (wrong := run.schedule.continuing(stopped)) is not None:
             progress.warn(wrong)
-    return RunState(step=0, batches={}, identity={}, source_sha256=hashes)
+    return RunState(step=0, batches={}, identity={}, source_sha256=hashes, config_sha256=configs)
 
 
 def _warn(run: Run, asked: Run, begun: Start, task: Task, here: Ranks, *, begins: bool) -> None:
@@ -181,7 +187,14 @@ def _refuse_changed_sources(before: RunState | None, begun: Start, here: Ranks) 
 
     A teacher is read again, and `upcycle export` would refuse the trained model.
     """
-    if before is None or before.source_sha256 is None:
+    if before is None:
+        return
+    if (found := config_hashes.changed(begun.checkpoints, before.config_sha256)) is not None:
+        raise UpcycleError(
+            f"{found} changed since step {before.step} was saved; put the file back as it was, or start a "
+            f"new run"
+        )
+    if before.source_sha256 is None:
         return
     now = hashes_of(begun.checkpoints, here)
     for opened in begun.checkpoints:

@@ -18,7 +18,7 @@ from upcycle.conversion.provenance import Hashes
 from upcycle.errors import UpcycleError, listed
 from upcycle.records.run import RunRecord
 from upcycle.system import claim, lock
-from upcycle.training import averaging, begun_in, beside, enter, exports, saving
+from upcycle.training import averaging, begun_in, beside, config_hashes, enter, exports, saving
 from upcycle.training.course import Course
 from upcycle.training.exports import Trained
 from upcycle.training.parallel import Ranks
@@ -145,6 +145,11 @@ def _origin(record: RunRecord, run_folder: Path, written: Sequence[Path], *, wit
     begun = start_of(alone, begun_in.opener(record.begun_in))
     for opened in begun.checkpoints:
         claim.refuse_near(written, opened.folder)
+    if (found := config_hashes.changed(begun.checkpoints, record.config_sha256)) is not None:
+        raise UpcycleError(
+            f"{found} changed since {run_folder} was trained from it; put the file back as it was, because "
+            f"the weights were trained with it"
+        )
     if (begun.built.hash if begun.built else None) != record.blueprint_hash:
         raise UpcycleError(f"the source {source} is not the one that {run_folder} was trained from")
     return _Origin(folder=run_folder, record=record, run=run, start=begun)

@@ -36,6 +36,7 @@ LOGS, IDS = "teacher_logs", "teacher_ids"  # names in a batch
 _SEGMENT = 1 << 26  # bytes of a segment, about
 _ATTEMPTS, _PAUSE = 120, 0.5  # how often ranks look for a folder that is the same, and seconds between
 _HASH = 16  # bytes of the hash of a row
+_LATER = ("config",)  # keys of `about.json` that earlier versions did not write
 
 Arrays = dict[str, np.ndarray]
 
@@ -126,7 +127,7 @@ class Maker:
         path = self.folder / ABOUT
         mine = json.loads(json.dumps({"format": FORMAT, **self.about}))
         if path.is_file():
-            theirs = read_json(path, "")
+            theirs = {**{key: mine.get(key) for key in _LATER}, **read_json(path, "")}
             if different := sorted(k for k in {*mine, *theirs} if mine.get(k) != theirs.get(k)):
                 raise UpcycleError(
                     f"{self.folder} holds logits that were made otherwise (they differ in "

@@ -21,7 +21,7 @@ from upcycle.system.wording import count
 from upcycle.training.sections import Log
 
 _CELL = 16  # pixels of a side
-_SINKS = "sinks.json"  # a file of a run: the ids of its runs in dashboards
+SINKS = "sinks.json"  # a file of a run: the ids of its runs in dashboards
 
 
 def peak_flops(log: Log, device: torch.device) -> float | None:
@@ -224,11 +224,11 @@ def _sink(name: str, log: Log, out: Path, settings: dict[str, Any], *, resumed: 
         raise UpcycleError(f"log.sinks names {name}, which is not installed: pip install {name}") from None
     more: dict[str, Any] = {}
     if resumed:
-        known = read_json(out / _SINKS, "") if (out / _SINKS).is_file() else {}
+        known = read_json(out / SINKS, "") if (out / SINKS).is_file() else {}
         more = {"resume": "allow", **({"id": known[name]} if isinstance(known.get(name), str) else {})}
     begun = module.init(project=log.project, name=log.name or out.name, config=settings, **more)
     if name == "wandb":  # trackio finds a run by its name
-        whole_file.write_json(out / _SINKS, {name: begun.id})
+        whole_file.write_json(out / SINKS, {name: begun.id})
     if name == "trackio":  # wandb says the address of its page itself
         progress.say(f"the live page of this run: trackio show --project {log.project}")
     return module

@@ -66,6 +66,7 @@ def _record(ready: Ready, folder: str | None) -> RunRecord:
         begun_in=folder,
         identity=run.identity(),
         source_sha256=state.source_sha256,
+        config_sha256=state.config_sha256,
     )
 
 

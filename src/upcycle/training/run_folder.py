@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -13,11 +14,12 @@ from typing import Any
 from upcycle.data.corpus import Data
 from upcycle.errors import UpcycleError, listed
 from upcycle.nn.balance import BUFFERED, EXACT, Balance
+from upcycle.records.metrics import StepMetrics
 from upcycle.records.reader import load
 from upcycle.records.run import RunRecord, known_in
 from upcycle.records.state import PRECISIONS, RunState
 from upcycle.system import claim, lock, whole_file
-from upcycle.training import agreement, fit, saving
+from upcycle.training import agreement, beside, fit, metrics, saving
 from upcycle.training.course import Course
 from upcycle.training.identity import identity_of, of_any_length
 from upcycle.training.parallel import Ranks
@@ -25,6 +27,13 @@ from upcycle.training.run import Run, train_of
 from upcycle.training.stages import Stage
 
 LOCK = ".upcycle-lock"
+MARKER = ".upcycle-run"
+"""The file that marks a folder as a run's from before anything else is written there."""
+_TAKEN = (
+    "checkpoints", RunRecord.FILE, StepMetrics.FILE, metrics.SINKS, "tokens", "images", "teacher",
+    beside.FOLDER,
+)  # fmt: skip
+"""What a run writes in its folder."""
 
 
 def read_record(out: Path) -> RunRecord:
@@ -48,8 +57,8 @@ def write_record(out: Path, record: RunRecord) -> None:
 def claimed(run: Run, sources: Iterable[Path], here: Ranks, *, resume: bool) -> Iterator[Path | None]:
     """Lock the folder of a run; yield the checkpoint to resume from, or None to begin.
 
-    Raises `UpcycleError`, before a byte is written, if the folder is the source's, another run's, or in use
-    by another training.
+    Raises `UpcycleError`, before a byte is written, if the folder is the source's, another run's, somebody
+    else's, or in use by another training.
     """
     out = Path(run.out)
     _refuse_place(run, sources)
@@ -72,12 +81,14 @@ def claimed(run: Run, sources: Iterable[Path], here: Ranks, *, resume: bool) -> 
 
 
 def _hold(out: Path, stack: ExitStack) -> str | None:
-    """Make the folder and hold its lock until the stack closes; return the reason if that fails."""
+    """Make the folder, hold its lock until the stack closes, and mark it; return the reason if that fails."""
     try:
         claim.refuse_below_a_file(out)
+        _refuse_foreign(out)
         out.mkdir(parents=True, exist_ok=True)
         busy = f"another training is at work in {out}; wait for its end, or choose another `out`"
         stack.enter_context(lock.held(out / LOCK, busy))
+        _mark(out)
     except FileExistsError:
         return f"{out} is a file; `out` must be a folder to make"
     except UpcycleError as error:
@@ -85,6 +96,36 @@ def _hold(out: Path, stack: ExitStack) -> str | None:
     except OSError as error:
         return f"{out} cannot be written to: {error.strerror}; choose another `out`"
     return None
+
+
+def _mark(out: Path) -> None:
+    """Mark a folder as a run's, unless something marks it already."""
+    _refuse_foreign(out)  # again: somebody may have written since
+    if not _is_marked(out):
+        whole_file.write_text(out / MARKER, "This folder is a run of `upcycle train`.\n")
+
+
+def _is_marked(out: Path) -> bool:
+    """Return whether a folder is a run's: runs of earlier versions have no marker, but these files."""
+    if (out / MARKER).is_file() or known_in(out) is not None:
+        return True
+    return any(saving.is_whole(path) for _, path in saving.checkpoints(out))
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Refuse a folder that is not marked as a run's and holds what a run would write over, or delete."""
+    if _is_marked(out):
+        return
+    if there := [name for name in _TAKEN if _holds_something(out / name)]:
+        raise UpcycleError(
+            f"{out} holds {listed(there)}, and nothing in it says that it is a run of `upcycle train`, which "
+            f"would write there; choose another `out`, or move that away"
+        )
+
+
+def _holds_something(path: Path) -> bool:
+    """Return whether a path is there and is no empty folder."""
+    return os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir()))
 
 
 def _refuse_place(run: Run, sources: Iterable[Path]) -> None:
@@ -266,10 +307,9 @@ def _differences(theirs: Any, mine: Any, path: str = "") -> list[str]:
 
 
 def _clean(out: Path) -> None:
-    """Remove the partial files of a killed run."""
+    """Remove the half-written files of a killed run from a folder that is marked as a run's."""
     saving.discard_partial(out)
-    found = [(out, "metrics.partial"), (out, "metrics.jsonl.*.partial"), (out, f"{RunRecord.FILE}.*.partial")]
-    found += [(out / folder, "*.*.partial") for folder in ("tokens", "images", "teacher")]
-    for folder, pattern in found:
-        for left in folder.glob(pattern):
-            left.unlink()
+    for name in (MARKER, RunRecord.FILE, StepMetrics.FILE, metrics.SINKS):
+        whole_file.clear_of(out / name)
+    for name in ("tokens", "images", "teacher"):
+        whole_file.clear(out / name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 import shutil
 import threading
@@ -39,6 +40,11 @@ from upcycle.records.state import RunState
 from upcycle.system import whole_file
 from upcycle.training.parallel import Ranks
 from upcycle.training.untrusted import Planner, Reader
+
+# The names of the files in a checkpoint, whole or half-written.
+_FILES = re.compile(
+    r"__\d+_\d+\.distcp|(__\d+)?\.metadata(\.tmp)?|state\.json(\.\d+-[0-9a-f]{8}\.partial)?", re.ASCII
+)
 
 # Use names instead of positions: another topology has other parameter groups.
 _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -122,6 +128,8 @@ def write(
     """Write tensors as checkpoint `state.step`, as `save` does. Setting `stop` gives it up."""
     final = folder_of(out) / f"step-{state.step}"
     partial = final.with_name(final.name + ".partial")
+    if (taken := ranks.share(_in_the_way(final, partial) if ranks.first else None)) is not None:
+        return f"{taken} is in the way, and it was not left by upcycle; move it away"
     if ranks.first:
         shutil.rmtree(partial, ignore_errors=True)
     ranks.barrier()
@@ -157,10 +165,31 @@ def write(
     if ranks.first:
         with suppress(OSError):  # some file systems sync no folder; the checkpoint is there
             whole_file.sync_folder(final.parent)
-        for _, old in checkpoints(out)[:-keep]:
+        for old in (path for _, path in checkpoints(out)[:-keep] if _is_ours(path)):
             shutil.rmtree(old, ignore_errors=True)
     ranks.barrier()
     return None
+
+
+def _in_the_way(*paths: Path) -> Path | None:
+    """Return the first of `paths` that is there and is no checkpoint; None if there is no such path."""
+    return next((path for path in paths if os.path.lexists(path) and not _is_ours(path)), None)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Return whether a folder is a checkpoint, whole or not: any other may be somebody else's."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return is_whole(folder) or all(_FILES.fullmatch(path.name) for path in folder.iterdir())
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Return whether a folder is a checkpoint whose state can be read."""
+    try:
+        read_state(checkpoint)
+    except UpcycleError:
+        return False
+    return True
 
 
 class _Stoppable(dcp.DefaultSavePlanner):
@@ -254,7 +283,8 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
 def discard_partial(out: Path) -> None:
     """Remove the partial checkpoints of a killed run."""
     for path in folder_of(out).glob("step-*.partial"):
-        shutil.rmtree(path, ignore_errors=True)
+        if re.fullmatch(r"step-\d+\.partial", path.name) and _is_ours(path):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager

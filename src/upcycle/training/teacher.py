@@ -24,7 +24,7 @@ from upcycle.hf import carriers, distributing, packing
 from upcycle.hf.heads import Head
 from upcycle.tasks import Batch, Question, Task
 from upcycle.tensors.entries import Entry
-from upcycle.training import kept_logits
+from upcycle.training import config_hashes, kept_logits
 from upcycle.training.distillation import Largest, Lesson, Unheaded, Whole
 from upcycle.training.hashing import hashes_of
 from upcycle.training.kept_logits import Arrays
@@ -166,6 +166,7 @@ def teaching(
 
     about = {
         "files": hashes_of([dense.checkpoint], ranks)[dense.checkpoint.label],
+        "config": config_hashes.of_config(dense.checkpoint.config),
         "top_logits": count, "temperature": temperature, "precision": precision, "task": task.name,
         "sequence_length": run.train.sequence_length, "isolate": run.data.isolate,
     }  # fmt: skip
