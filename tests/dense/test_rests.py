@@ -117,6 +117,17 @@ def test_both_read_the_same_tokens(same, made, tmp_path):
         blueprint(source, recipe_of(rest))
 
 
+def test_both_read_the_same_tokens_whatever_their_files(made, tmp_path):
+    source = Path(shutil.copytree(made("LlamaForCausalLM"), tmp_path / "source"))
+    rest = Path(shutil.copytree(made("LlamaForCausalLM", **DECODER), tmp_path / "rest"))
+    (source / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 1}}}))
+    (rest / "vocab.txt").write_text("a\r\nb\r\n", newline="")
+    assert blueprint(source, recipe_of(rest)).entries
+    (rest / "vocab.txt").write_text("b\na\n")
+    with pytest.raises(UpcycleError, match="other tokens: 'a' is number 1 and 0"):
+        blueprint(source, recipe_of(rest))
+
+
 HALVES = {"do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
@@ -127,6 +138,9 @@ HALVES = {"do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
         (HALVES, {**HALVES, "size": {"height": 12}}, ""),
         (HALVES, None, ""),
         (HALVES, {"do_normalize": True}, ""),
+        (HALVES, {**HALVES, "image_mean": [0.5001] * 3}, ""),
+        ({**HALVES, "do_normalize": False}, {"do_normalize": False, "image_mean": [0.2] * 3}, ""),
+        (HALVES, {**HALVES, "do_normalize": False}, "differ in do_normalize"),
         (HALVES, {**HALVES, "image_std": [0.2] * 3}, "differ in image_std .* [0.2, 0.2, 0.2] and [0.5"),
         (None, HALVES, "do not both have preprocessor_config.json"),
     ],

@@ -156,7 +156,8 @@ def _equal_flops(situation: Situation, source: Checkpoint) -> list[str]:
     """Return how to make narrower experts of the dense FLOPs; nothing if the model cannot have them.
 
     They are shuffled slices, with what was measured, where our own runs reach the input: virtual groups ended
-    behind them in each of those. Elsewhere they are the virtual groups of He et al. (arXiv 2410.07524).
+    behind them or level wherever both were run. Elsewhere they are the virtual groups of He et al. (arXiv
+    2410.07524).
     """
     recipe, keys = situation.built.recipe, _narrower(situation, SLICES)
     if not keys:
@@ -178,8 +179,10 @@ def _measured(situation: Situation) -> str:
     """Return what our own runs found of the experts in `situation`; empty if none of them reaches it."""
     known = own_runs.COMPARISONS
     if found := readings(situation, known):
-        run, better = found[0].run, found[0].better
-        return f", which upcycle's own runs found {PLACE[better]} dense continuation ({run.found})"
+        first = found[0]
+        place = PLACE[first.better] if first.shorter is None else "not always ahead of"
+        said = f"{first.run.found}{first.caveat}"
+        return f", which upcycle's own runs found {place} dense continuation ({said})"
     longest = passed(situation, known)
     return "" if longest is None else f", which upcycle's own runs have for smaller budgets ({longest.found})"
 

@@ -10,7 +10,8 @@ from typing import Any
 from upcycle.checkpoints.checkpoint import file_hash
 
 _MARKS = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-_OPAQUE = ("tokenizer.model", "spiece.model", "tekken.json", "vocab.txt")
+_LINES = "vocab.txt"  # BERT's: a token a line
+_OPAQUE = ("tokenizer.model", "spiece.model", "tekken.json")
 
 
 def difference(first: Path, second: Path) -> str | None:
@@ -35,7 +36,7 @@ def difference(first: Path, second: Path) -> str | None:
 
 
 def _listed(folder: Path) -> dict[str, int]:
-    """Return the numbers of the tokens in tokenizer.json or vocab.json; empty if neither can be read."""
+    """Return the numbers of the tokens in the first file that lists them; empty if none can be read."""
     for name in ("tokenizer.json", "vocab.json"):
         try:
             found = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -43,6 +44,9 @@ def _listed(folder: Path) -> dict[str, int]:
             continue
         if tokens := _vocabulary(found):
             return tokens
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        lines = (folder / _LINES).read_text(encoding="utf-8").splitlines()
+        return {token: number for number, token in enumerate(lines)}
     return {}
 
 
