@@ -13,6 +13,7 @@ import torch
 import transformers
 from PIL import Image
 
+from upcycle.data import images
 from upcycle.data.augment import Augment
 from upcycle.data.image_processor import KINDS, OF_MODELS, ImageProcessor
 from upcycle.data.images import Form, ImageSet, decoded
@@ -216,3 +217,30 @@ def test_a_task_follows_the_file_and_warns_once(tmp_path: Path, capsys) -> None:
     assert torch.equal(pixels, torch.from_numpy(wanted).permute(2, 0, 1) / 255)
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("size = 12 cannot be followed") == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "new"),
+    [
+        ({}, False),
+        ({"image_mean": [0.5] * 3, "image_std": [0.2] * 3}, False),
+        ({"image_mean": [0.5] * 3, "image_std": [0.2] * 3, "rescale_factor": 0.00392156885}, False),
+        ({"image_mean": [0.5] * 3, "image_std": [0.2] * 3, "do_normalize": False}, True),
+        ({"image_mean": 0.4, "image_std": 0.5}, True),
+    ],
+)
+def test_what_earlier_versions_did_not_read_is_told_apart(said: dict[str, Any], new: bool) -> None:
+    assert bool(ImageProcessor(said=said, model_type="vit").news) == new
+
+
+def test_large_sets_are_known_by_their_preparation_too(tmp_path: Path, monkeypatch) -> None:
+    """Their pixels are not kept, and the digest of files is the same however these are prepared."""
+    monkeypatch.setattr(images, "CACHE_LIMIT", 0)
+    (tmp_path / "set" / "a").mkdir(parents=True)
+    (tmp_path / "set" / "a" / "0.png").write_bytes(encoded(picture((40, 90))))
+    warped = ImageProcessor(said={"size": {"height": 32, "width": 32}, "resample": 2}, model_type="vit")
+    sets = [
+        ImageSet.open(tmp_path / "set", size=(32, 32), channels=3, cache=tmp_path / "cache", **more)
+        for more in ({}, {"processor": warped})
+    ]
+    assert sets[0].digest != sets[1].digest

@@ -17,7 +17,7 @@ from marks import sampled
 from ranks import batch_of, trainee_of
 from upcycle import UpcycleError, families
 from upcycle.nn.experts import Experts
-from upcycle.training import drop_path, step
+from upcycle.training import drop_path, dropout, step
 from upcycle.training.parallel import Ranks
 from upcycle.training.rehearsal import rehearse
 from upcycle.training.run import Run
@@ -278,3 +278,10 @@ def test_dropout_of_a_class_without_any(tmp_path: Path) -> None:
     trainee(source, {"dropout": 0.0})
     with pytest.raises(UpcycleError, match=r"train\.dropout = 0\.1: config\.json of ConvNext.* has no rate"):
         trainee(source, {"dropout": 0.1})
+
+
+def test_dropout_may_be_what_the_config_says(tmp_path: Path) -> None:
+    source = tiny.make(tmp_path / "bert", "BertForMaskedLM", hidden_dropout_prob=0.1)
+    plain = trainee(source, {"dropout": 0.1}).start
+    told = dropout.set_in(plain.config, "BertForMaskedLM", 0.1)
+    assert dropout.set_in(told, "BertForMaskedLM", 0.1) == told

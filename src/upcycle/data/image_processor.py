@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from upcycle.data.preparation import BICUBIC, Covered, Preparation, Processed, Size
 from upcycle.errors import UpcycleError, shown
 
@@ -175,6 +177,20 @@ class ImageProcessor:
         if not all(value > 0 for value in found):
             raise self._odd("image_std", "of numbers above 0")
         return found
+
+    @property
+    def news(self) -> list[Any]:
+        """Mean and standard deviation, unless earlier versions took the same: they read lists alone."""
+        if not self.said:
+            return []
+        before = [self.said.get(key) for key in ("image_mean", "image_std")]
+        lists = [each if isinstance(each, list) and each else list(_HALF) for each in before]
+        now = [[*self.mean], [*self.std]]
+        spread = [each * len(then) if len(each) == 1 else each for each, then in zip(now, lists, strict=True)]
+        same = all(
+            np.shape(a) == np.shape(b) and np.allclose(a, b) for a, b in zip(spread, lists, strict=True)
+        )
+        return [] if same else now
 
     @property
     def _scale(self) -> float:

@@ -114,7 +114,7 @@ class ImageSet:
             num_labels=len(names) or int(labels.max()) + 1,
             bad=tuple(source.where(i) for i in known["left_out"]),
             _read=read,
-            digest=known["sha256"],
+            digest=_marked(known["sha256"], processor.news),
         )
 
     kind: ClassVar[str] = "images"
@@ -179,6 +179,8 @@ def _prepared(source: ImageFiles, form: Form, cache: Path) -> tuple[dict[str, An
     whole = len(source.labels) * int(np.prod(form.shape)) <= CACHE_LIMIT
     path = cache / f"{_key(source, form, whole)}.{'pixels' if whole else 'images'}"
     known = _found(path, source, form, whole) or _make(path, source, form, whole)
+    if not whole:
+        known = {**known, "sha256": _marked(known["sha256"], form.key)}  # it is that of the encoded images
     if whole:
         pixels = np.memmap(path, np.uint8, "r", shape=(known["count"], *form.shape))
         return known, lambda indices: np.asarray(pixels[indices])
@@ -190,6 +192,11 @@ def _prepared(source: ImageFiles, form: Form, cache: Path) -> tuple[dict[str, An
     return known, lambda indices: _stacked(
         (images[ends[i] : ends[i + 1]].tobytes() for i in indices), indices, form
     )
+
+
+def _marked(digest: str, marks: list[Any]) -> str:
+    """Return a digest that also stands for `marks`; the same one if there are none."""
+    return hashlib.sha256(json.dumps([digest, *marks]).encode()).hexdigest() if marks else digest
 
 
 def _stacked(encoded: Iterable[bytes], indices: np.ndarray, form: Form) -> np.ndarray:

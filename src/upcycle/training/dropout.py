@@ -21,13 +21,16 @@ def set_in(config: Config, architecture: str, rate: float) -> Config:
     """
     kind = models.architecture(architecture).config_class
     whole = kind.from_dict(kind._decode_special_floats(dict(config)))
-    out = {**config, **_rates(whole, rate)}
+    found = [_rates(whole, rate)]
+    out = {**config, **found[0]}
     for name in whole.sub_configs:
         if (part := getattr(whole, name, None)) is not None:
-            out[name] = {**(config.get(name) or {}), **_rates(part, rate)}
+            found.append(_rates(part, rate))
+            out[name] = {**(config.get(name) or {}), **found[-1]}
     if isinstance(experts := config.get("moe"), list):
+        found.append({"dropout": rate})
         out["moe"] = [{**entry, "dropout": rate} for entry in experts]
-    if rate and out == dict(config):
+    if rate and not any(found):
         raise UpcycleError(
             f"train.dropout = {rate}: config.json of {architecture} has no rate of dropout; take it out, or "
             f"set it to 0"
