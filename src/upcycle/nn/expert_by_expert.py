@@ -10,6 +10,7 @@ so that results and gradients are the same to the bit on one thread.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -73,45 +74,47 @@ class _ExpertByExpert(torch.autograd.Function):
         rows, factors = order // index.shape[1], weights.flatten().index_select(0, order)[:, None]
         # of each choice among the rows that are sorted by experts
         places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).view(index.shape)
-        counts = torch.bincount(chosen, minlength=len(down)).tolist()
-        made = hidden.new_empty(len(order), down.shape[1])
+        ends = torch.searchsorted(chosen, torch.arange(len(down)), right=True).tolist()
+        counts = [end - begin for begin, end in pairwise([0, *ends])]
+        weighted = hidden.new_empty(len(order), hidden.shape[-1])
         kept: list[Tensor] = []
-        by_rows = (rows, made)
+        by_rows = (rows, factors, weighted)
         for part, (gate_up_e, down_e) in _experts(counts, by_rows, (gate_up.mT, down.mT)):
-            rows_e, made_e = part
+            rows_e, factors_e, weighted_e = part
             given = hidden.index_select(0, rows_e)
             both = given @ gate_up_e
             gate, up = both.chunk(2, dim=-1)
             active = F.silu(gate)
             inner = active * up
-            torch.mm(inner, down_e, out=made_e)
+            made = inner @ down_e
+            torch.mul(made, factors_e, out=weighted_e)
             if keeps:
-                kept += (given, both, active, inner)
+                kept += (given, both, active, inner, made)
         ctx.counts = counts
-        ctx.save_for_backward(rows, factors, places, gate_up, down, made, *kept)
-        return _summed(made * factors, places)
+        ctx.save_for_backward(rows, factors, places, gate_up, down, *kept)
+        return _summed(weighted, places)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rows, factors, places, gate_up, down, made, *kept = ctx.saved_tensors
+        rows, factors, places, gate_up, down, *kept = ctx.saved_tensors
         of_hidden, _, of_weights, of_gate_up, of_down, _ = ctx.needs_input_grad
-        d_rows, d_factors = torch.empty_like(made), torch.empty_like(factors)
+        d_rows, d_factors = gradient.new_empty(len(rows), gradient.shape[-1]), torch.empty_like(factors)
         d_gate_up, d_down = torch.empty_like(gate_up), torch.empty_like(down)
         for e, count in enumerate(ctx.counts):
             if not count:
                 d_gate_up[e].zero_()
                 d_down[e].zero_()
-        by_rows = (rows, made, factors, d_factors, d_rows)
+        by_rows = (rows, factors, d_factors, d_rows)
         by_experts = (gate_up, down, d_gate_up, d_down)
         for place, (part, weights_e) in enumerate(_experts(ctx.counts, by_rows, by_experts)):
-            rows_e, made_e, factors_e, d_factors_e, d_rows_e = part
+            rows_e, factors_e, d_factors_e, d_rows_e = part
             gate_up_e, down_e, d_gate_up_e, d_down_e = weights_e
-            given, both, active, inner = kept[4 * place : 4 * place + 4]
+            given, both, active, inner, made = kept[5 * place : 5 * place + 5]
             gate, up = both.chunk(2, dim=-1)
             d_made = gradient.index_select(0, rows_e)
             if of_weights:
-                torch.sum(d_made * made_e, -1, keepdim=True, out=d_factors_e)
+                torch.sum(d_made * made, -1, keepdim=True, out=d_factors_e)
             d_made *= factors_e
             if of_down:
                 torch.mm(d_made.T, inner, out=d_down_e)
