@@ -22,14 +22,14 @@ def difference(first: Path, second: Path) -> str | None:
     what a pixel becomes, if that is the second.
     """
     mine, theirs = (_said(folder) for folder in (first, second))
+    if not theirs:
+        return None
     if mine is None:
-        if not theirs:
-            return None
         return f"do not both have {FILE} (copy that of {second} to {first} if it is right for both)"
     for switch, keys in _STEPS.items():
-        both_off = mine.get(switch) is False and (theirs or {}).get(switch) is False
+        both_off = mine.get(switch) is False and theirs.get(switch) is False
         for key in (switch, *(() if both_off else keys)):
-            one, other = mine.get(key), (theirs or {}).get(key)
+            one, other = mine.get(key), theirs.get(key)
             if None not in (one, other) and not _alike(one, other):
                 return f"differ in {key} of {FILE}: {shown(other)} and {shown(one)}"
     return None

@@ -179,11 +179,10 @@ def _prepared(source: ImageFiles, form: Form, cache: Path) -> tuple[dict[str, An
     whole = len(source.labels) * int(np.prod(form.shape)) <= CACHE_LIMIT
     path = cache / f"{_key(source, form, whole)}.{'pixels' if whole else 'images'}"
     known = _found(path, source, form, whole) or _make(path, source, form, whole)
-    if not whole:
-        known = {**known, "sha256": _marked(known["sha256"], form.key)}  # it is that of the encoded images
     if whole:
         pixels = np.memmap(path, np.uint8, "r", shape=(known["count"], *form.shape))
         return known, lambda indices: np.asarray(pixels[indices])
+    known = {**known, "sha256": _marked(known["sha256"], form.key)}  # it is that of the encoded images
     if isinstance(source, ImageFolder):
         files = np.delete(np.array(source.files, object), known["left_out"])
         return known, lambda indices: _stacked((read_bytes(p) for p in files[indices]), indices, form)

@@ -1,8 +1,7 @@
 """A training of models like the demo's three for 30 % of what the start had cost; the demo takes some 2 %.
 
-`experiments/code/long_run.py` wrote `long_run.json` from the results of its experiment. It began with the
-demo's dense model (one seed of dense continuation with a second training of that model), and went on with the
-text that this had been trained on.
+`experiments/code/long_run.py` wrote `long_run.json` from the results of its experiment. All of its runs began
+with a second training of the demo's dense model, and went on with the text that this had been trained on.
 """
 
 from __future__ import annotations
