@@ -12,15 +12,17 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from upcycle.data import images
 from upcycle.data.augment import Augment
 from upcycle.data.image_processor import KINDS, OF_MODELS, ImageProcessor
 from upcycle.data.images import Form, ImageSet, decoded
-from upcycle.data.preparation import Covered
+from upcycle.data.preparation import Covered, Processed
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
-from upcycle.tasks.image_classification import ImageClassification
+from upcycle.tasks.image_classification import ImageClassification, _processor
 
 # What the file says, the type of the model, and the size of its images.
 CASES: dict[str, tuple[dict[str, Any], str, int]] = {
@@ -196,6 +198,62 @@ def test_images_of_another_preparation_are_made_anew(tmp_path: Path) -> None:
         white = found.read(np.arange(1)).mean() / 255
         assert white == pytest.approx(share, abs=0.01)
     assert len(list((tmp_path / "cache").glob("*.pixels"))) == 2
+
+
+NESTED: dict[str, Any] = {
+    "image_processor_type": "CLIPImageProcessor",
+    "image_mean": [0.1, 0.2, 0.3],
+    "image_std": [0.4] * 3,
+    "crop_size": {"height": 8, "width": 8},
+    "size": {"shortest_edge": 9},
+}
+VIT = {"model_type": "vit", "architectures": ["ViTForImageClassification"]}
+ALONE = {**NESTED, "image_mean": [0.5, 0.6, 0.7], "size": {"shortest_edge": 11}}
+
+
+@pytest.mark.parametrize(
+    ("processor", "preprocessor"),
+    [
+        ({"image_processor": NESTED}, None),
+        ({"image_processor": NESTED}, ALONE),
+        ({"image_processor": None, "processor_class": "CLIPProcessor"}, ALONE),
+        ({"processor_class": "CLIPProcessor"}, ALONE),
+        (None, ALONE),
+    ],
+)
+def test_the_file_of_all_processors_goes_before_that_of_images(
+    processor, preprocessor, tmp_path: Path
+) -> None:
+    """transformers 5 saves a processor of images and texts in one file, and reads that first."""
+    for name, said in (("processor_config", processor), ("preprocessor_config", preprocessor)):
+        if said is not None:
+            (tmp_path / f"{name}.json").write_text(json.dumps(said))
+    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    ours = _processor(Subject(folder=tmp_path, config=VIT))
+    assert [*ours.mean] == [*theirs.image_mean]
+    assert ours.preparation((8, 8)).resize == theirs.size["shortest_edge"]  # type: ignore[union-attr]
+    nested = bool(processor and processor.get("image_processor"))
+    assert ours.place == str(
+        tmp_path / ("processor_config.json (image_processor)" if nested else "preprocessor_config.json")
+    )
+
+
+def test_what_transformers_saves_with_a_tokenizer_is_read(tmp_path: Path) -> None:
+    words = Tokenizer(WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
+    transformers.CLIPProcessor(
+        image_processor=transformers.CLIPImageProcessorPil(image_mean=[0.1, 0.2, 0.3], size=9, crop_size=8),
+        tokenizer=transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>"),
+    ).save_pretrained(tmp_path)
+    assert not (tmp_path / "preprocessor_config.json").exists()
+    ours = _processor(Subject(folder=tmp_path, config=VIT))
+    assert ours.mean == (0.1, 0.2, 0.3)
+    assert ours.preparation((8, 8)) == Processed(resize=9, crop=(8, 8), resample=3)
+
+
+def test_a_part_on_images_that_is_no_table_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "processor_config.json").write_text('{"image_processor": "CLIPImageProcessor"}')
+    with pytest.raises(UpcycleError, match="image_processor = 'CLIPImageProcessor'; it must be a table"):
+        _ = Subject(folder=tmp_path, config={}).preprocessor
 
 
 @pytest.mark.usefixtures("on_screen")

@@ -131,6 +131,26 @@ def test_both_read_the_same_tokens_whatever_their_files(made, tmp_path):
 HALVES = {"do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
+@pytest.mark.parametrize("here", ["preprocessor_config.json", "processor_config.json"])
+@pytest.mark.parametrize("there", ["preprocessor_config.json", "processor_config.json"])
+def test_pixels_are_compared_whichever_file_says_them(here, there, made, tmp_path):
+    source = Path(shutil.copytree(made("ViTModel", **BIG), tmp_path / "source"))
+    rest = Path(shutil.copytree(made("ViTModel", **SMALL), tmp_path / "rest"))
+
+    def say(folder: Path, file: str, settings: dict[str, object]) -> None:
+        nested = {"image_processor": settings} if file == "processor_config.json" else settings
+        (folder / file).write_text(json.dumps(nested))
+
+    say(rest, there, HALVES)
+    with pytest.raises(UpcycleError, match=rf"do not both have .*\bcopy {there}"):
+        blueprint(source, recipe_of(rest))
+    say(source, here, {**HALVES, "image_std": [0.2] * 3})
+    with pytest.raises(UpcycleError, match=rf"differ in image_std of .*{there}"):
+        blueprint(source, recipe_of(rest))
+    say(source, here, HALVES)
+    assert blueprint(source, recipe_of(rest)).entries
+
+
 @pytest.mark.parametrize(
     ("mine", "theirs", "said"),
     [

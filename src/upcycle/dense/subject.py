@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle import families, targets
 from upcycle.checkpoints.checkpoint import read_json
+from upcycle.checkpoints.preprocessors import Preprocessor
 from upcycle.dense import places
 from upcycle.errors import UpcycleError
 from upcycle.families import Family, Grid
@@ -140,10 +141,9 @@ class Subject:
         return self._count("vocab_size", self.settings)
 
     @cached_property
-    def preprocessor(self) -> Mapping[str, Any]:
-        """What preprocessor_config.json says of images; empty if there is no such file."""
-        path = self.folder / "preprocessor_config.json"
-        return read_json(path, "") if path.is_file() else {}
+    def preprocessor(self) -> Preprocessor | None:
+        """What the files beside the weights say of images; None if they say nothing."""
+        return Preprocessor.of(self.folder)
 
     @property
     def num_labels(self) -> int:

@@ -111,11 +111,12 @@ class ImageClassification(Task):
 
 def _processor(subject: Subject) -> ImageProcessor:
     """Return what the model's folder says of images."""
-    return ImageProcessor(
-        said=subject.preprocessor,
-        model_type=str(subject.settings.get("model_type")),
-        place=str(subject.folder / "preprocessor_config.json"),
-    )
+    model_type = str(subject.settings.get("model_type"))
+    found = subject.preprocessor
+    if found is None:
+        return ImageProcessor(said={}, model_type=model_type)
+    place = str(subject.folder / found.file) + (f" ({found.part})" if found.part else "")
+    return ImageProcessor(said=found.said, model_type=model_type, place=place)
 
 
 @lru_cache
