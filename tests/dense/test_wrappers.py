@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import product
 
 import pytest
@@ -732,3 +733,59 @@ def test_what_is_known_of_the_text_model_is_said_of_the_wrapper(tmp_path):
     source = tiny_wrappers.make(tmp_path / "dense", "mistral3", model_type="ministral3", rope_parameters=rope)
     found = plan(source, Recipe.of(moe={"num_experts": 2}))
     assert any("past 32 tokens ministral3 scales its queries" in warning for warning in found.warnings)
+
+
+@pytest.mark.parametrize("kind", [*tiny_wrappers.KINDS])
+@pytest.mark.parametrize("missing", ["first", "last", "norm", "all"])
+def test_a_vision_tower_that_lacks_blocks_is_refused(kind, missing, made, tmp_path):
+    """Whether its class can have experts or not: transformers would draw them at random."""
+    stored = load_file(made(kind) / "model.safetensors")
+    blocks = {
+        name: found
+        for name in stored
+        if "vis" in name and (found := re.search(r"\.(?:layers?|blocks)\.(\d)\.(.*)", name))
+    }
+    assert {found[1] for found in blocks.values()} == {"0", "1"}
+    norm = next(found[2] for found in blocks.values() if "norm" in found[2])
+    gone = {
+        name
+        for name, found in blocks.items()
+        if missing == "all"
+        or (found[1] == ("0" if missing == "first" else "1") and missing != "norm")
+        or (missing == "norm" and (found[1], found[2]) == ("1", norm))
+    }
+    read = {"vision_feature_layer": -1} if kind in ("llava", "internvl") else {}
+    rest = {name: tensor for name, tensor in stored.items() if name not in gone}
+    source = edit(made(kind), tmp_path / "dense", rest, **read)
+    recipe = Recipe.of(moe={"num_experts": 2, "target": "upcycled"})
+    said = re.escape(min(gone)) if missing == "norm" else r"the 2 blocks" if missing == "all" else r"\.[01]\."
+    with pytest.raises(UpcycleError, match=rf"lacks .*{said}.*\(vision_config\) .*part_only = text"):
+        blueprint(source, recipe)
+    blueprint(source, Recipe.of(moe={"part_only": "text", "target": "upcycled"}))
+    blueprint(edit(made(kind), tmp_path / "whole", **read), recipe)
+
+
+def test_a_vision_tower_may_lack_what_nothing_reads(made, tmp_path):
+    """A LLaVA takes the state before the last block; a tower that is cut there computes what it did."""
+    stored = load_file(made("llava") / "model.safetensors")
+    unread = ("vision_tower.encoder.layers.1.", "vision_tower.post_layernorm.")
+    rest = {name: tensor for name, tensor in stored.items() if not name.startswith(unread)}
+    source = edit(made("llava"), tmp_path / "cut", rest, vision_feature_layer=-2)
+    recipe = Recipe.of(moe={"num_experts": 2})
+    warned = [said for said in plan(source, recipe).warnings if "the vision tower lacks" in said]
+    assert len(warned) == 1
+    assert "vision_tower.encoder.layers.1." in warned[0]
+    assert not [said for said in plan(made("llava"), recipe).warnings if "the vision tower lacks" in said]
+    convert(source, tmp_path / "moe", recipe)
+    proof = verify(source, tmp_path / "moe")
+    assert not proof.holds
+    with pytest.raises(UpcycleError, match=r"around its text model it lacks .*layers\.1\..*part_only = text"):
+        upcycle.load(source, recipe)
+
+
+def test_a_projector_that_is_missing_is_named(made, tmp_path):
+    stored = load_file(made("llava") / "model.safetensors")
+    rest = {name: tensor for name, tensor in stored.items() if "multi_modal_projector" not in name}
+    source = edit(made("llava"), tmp_path / "cut", rest)
+    with pytest.raises(UpcycleError, match=r"around its text model it lacks .*multi_modal_projector"):
+        upcycle.load(source, Recipe.of(moe={"num_experts": 2}))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from upcycle.blueprints import spared
 from upcycle.blueprints.blueprint import Blueprint
 from upcycle.checkpoints.dtypes import BY_TORCH_NAME, FLOATS
+from upcycle.dense import towers
 from upcycle.dense.adapted import Adapted
-from upcycle.dense.places import Alone, Body, Part
+from upcycle.dense.places import Alone, Body, Part, Within
 from upcycle.errors import listed, shown
 from upcycle.families._wrappers import VISION
 from upcycle.init import Site
@@ -122,7 +123,7 @@ def _of_part(built: Blueprint) -> list[str]:
             "generation would compute every token anew"
         )
     out += _of_rows(built)
-    out += _unread(built)
+    out += _unread(built) + _of_a_tower(built)
     out += _past_a_switch(built)
     out += _odd_widths(built)
     out += built.target.warnings(built)
@@ -202,17 +203,33 @@ def _not_renormalised(moe: Moe, router: Router) -> str | None:
 
 def _unread(built: Blueprint) -> list[str]:
     """Warn about the last layers of a vision tower if what is read is an earlier one's output (LLaVA)."""
-    taken = built.source.config.get("vision_feature_layer")
-    places = [place for place in (taken if isinstance(taken, list) else [taken]) if type(place) is int]
-    if built.recipe.moe.part != VISION or not places or not built.sites:
+    if built.recipe.moe.part != VISION or not built.sites:
         return []
-    count = built.sites[0].blocks  # and one more state: what goes into the first
-    last = max(place if place >= 0 else place + count + 1 for place in places)
+    raw = built.source.config
+    last = towers.first_unread(raw, built.sites[0].blocks)
     if not (idle := [str(site.layer) for site in built.sites if site.layer >= last]):
         return []
     return [
-        f"the model reads the vision tower before its last layers (vision_feature_layer = {shown(taken)}): "
-        f"experts in {layers_of(idle)} do nothing; leave them out of moe.layers"
+        f"the model reads the vision tower before its last layers (vision_feature_layer = "
+        f"{shown(raw.get('vision_feature_layer'))}): experts in {layers_of(idle)} do nothing; leave them out "
+        f"of moe.layers"
+    ]
+
+
+def _of_a_tower(built: Blueprint) -> list[str]:
+    """Warn about what a vision tower that stays as it is lacks, where no image need pass through it."""
+    dense = built.dense.whole
+    if not isinstance(dense.place, Within) or isinstance(dense.place, Alone):
+        return []
+    stored = dense.checkpoint.tensors.keys() - dense.left_out.keys()
+    around = [name for name in stored if dense.place.own(name) is None]
+    _, lacks = towers.missing(dense.checkpoint.config, around)
+    if not lacks:
+        return []
+    return [
+        f"the vision tower lacks {listed(lacks)}, which its config calls for, though images need not pass "
+        f"through it: transformers draws such tensors at random, and upcycle verify, load and train refuse "
+        f"the model"
     ]
 
 

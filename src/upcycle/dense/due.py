@@ -6,17 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from upcycle import families
 from upcycle.checkpoints import mistaken
 from upcycle.checkpoints.checkpoint import Checkpoint
 from upcycle.checkpoints.header import TensorInfo
-from upcycle.dense import places
+from upcycle.dense import towers
 from upcycle.dense.leaving_out import without
 from upcycle.dense.places import Place
 from upcycle.errors import UpcycleError, listed, shown
 from upcycle.families import Config, Family
-from upcycle.families._names import spelled
-from upcycle.families._wrappers import VISION, config_key
 
 
 def check(
@@ -48,34 +45,28 @@ def check(
 
 
 def check_around(checkpoint: Checkpoint, stored: Mapping[str, TensorInfo], place: Place) -> None:
-    """Refuse a value head around a text model, and a vision tower of other shapes than its config has.
+    """Refuse a value head around a text model, and a vision tower that is not what its config says.
 
-    All else around it is taken as it is: no family knows the class of the whole model. A tower is compared if
-    it is of a known family and all its names are there, because a model may do without its last blocks.
+    A tower must have its blocks and what comes before them, in the shapes that the config gives a tower of a
+    known family. What no image need pass through may be missing (`towers.missing`). All else around the text
+    model is taken as it is: no family knows the class of the whole model.
     """
-    raw = checkpoint.config
+    raw, where = checkpoint.config, checkpoint.folder
     around = [name for name in stored if place.own(name) is None]
     if said := mistaken.beside(around):
-        raise UpcycleError(f"{checkpoint.folder}: {said}, or {without(checkpoint, 'these tensors')}")
-    wrapper = places.wrapper_of(raw)
-    if wrapper is None or not wrapper.vision or not isinstance(raw.get(config_key(VISION)), Mapping):
-        return
-    own = places.own_config(raw, VISION)
-    if own["model_type"] not in families.names() or not families.find(own["model_type"]).sees:
-        return
-    family = families.find(own["model_type"])
-    tower = places.Tower(model_type=str(raw["model_type"]), wrapper=wrapper, text=None)
-    try:
-        refuse_more_blocks(checkpoint.folder, len(around), family, own)
-        expected = family.shapes(family.config(tower.config(raw)))
-    except UpcycleError:  # it stays as it is, so that it need not be one that could have experts
-        return
-    for names in spelled(family, expected, around):
-        found = {known: stored[name] for name in around if (known := names.own(name)) is not None}
-        there = {name: shape for name, shape in expected.items() if name in found}
-        refuse_other_shapes(
-            checkpoint.folder, there, {name: (info.name, info.shape) for name, info in found.items()}
+        raise UpcycleError(f"{where}: {said}, or {without(checkpoint, 'these tensors')}")
+    lacks, _ = towers.missing(raw, around)
+    if lacks:
+        raise UpcycleError(
+            f"{where} lacks {listed(lacks)}, which its config.json (vision_config) calls for; give the "
+            f"checkpoint with its vision tower, or take the text model out of it (moe.part_only = text)"
         )
+    if (known := towers.Known.of(raw)) is None:
+        return
+    for names in known.spelled(around):
+        found = {own: stored[name] for name in around if (own := names.own(name)) is not None}
+        there = {name: shape for name, shape in known.expected.items() if name in found}
+        refuse_other_shapes(where, there, {name: (info.name, info.shape) for name, info in found.items()})
 
 
 def refuse_more_blocks(where: Path, tensors: int, family: Family, own: Mapping[str, Any]) -> None:

@@ -22,7 +22,8 @@ from transformers.core_model_loading import (
 from transformers.monkey_patching import patch_output_recorders
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from upcycle.errors import UpcycleError, cut
+from upcycle.errors import UpcycleError, cut, listed
+from upcycle.hf.body import Body
 from upcycle.hf.quiet import quiet
 from upcycle.tensors.entries import Entry
 from upcycle.tensors.moved import Concat, Slice
@@ -116,7 +117,8 @@ def renamed(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, str]:
 
     Both are those of transformers' own loader. Its conversions of values are not needed, because a target
     gives its tensors as they are in memory. A tensor that has no place, or a parameter without a tensor, is a
-    bug in upcycle and raises `AssertionError`, unless the class declares it to be optional.
+    bug in upcycle and raises `AssertionError`, unless the class declares it to be optional. Around a text
+    model, the source has the tensors, and what it lacks raises `UpcycleError`.
     """
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
@@ -144,6 +146,12 @@ def renamed(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, str]:
     )
     model._adjust_missing_and_unexpected_keys(report)
     lacking, left = sorted(report.missing_keys), sorted(report.unexpected_keys)
+    if lacking and all(map(Body.of(model).is_around, lacking)):
+        raise UpcycleError(
+            f"the source is no whole {type(model).__name__}: around its text model it lacks "
+            f"{listed(lacking)}, which its config.json calls for; give the checkpoint with them, or take the "
+            f"text model out of it (moe.part_only = text)"
+        )
     if lacking or left:
         raise AssertionError(
             f"{type(model).__name__} and its tensors do not agree: missing {lacking}, without a place {left}"

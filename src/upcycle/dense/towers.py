@@ -1,0 +1,139 @@
+"""The vision tower that stays around a text model with experts: what of it is stored, and what is missing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from upcycle import families
+from upcycle.dense import places
+from upcycle.errors import UpcycleError
+from upcycle.families import Family, Shapes
+from upcycle.families._names import Names, spelled
+from upcycle.families._training import Trained
+from upcycle.families._wrappers import VISION, config_key
+
+_COUNTS = ("num_hidden_layers", "depth")  # keys of the number of blocks, whatever the class
+_BLOCK = re.compile(r"(.*?\.)(\d{1,6})\.(.+)")
+_SEES = re.compile(r"vis|image", re.IGNORECASE)  # in the names of towers
+_BEHIND = re.compile(r"merger|project|connector|resampler", re.IGNORECASE)  # of what stands behind one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """A tower of a family, as its config says that it is."""
+
+    family: Family
+    expected: Shapes
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any]) -> Known | None:
+        """Return the tower of a multimodal model's config.json; None if no family knows it.
+
+        It stays as it is, so that it need not be one that could have experts.
+        """
+        wrapper = places.wrapper_of(raw)
+        if wrapper is None or not wrapper.vision:
+            return None
+        own = places.own_config(raw, VISION)
+        if own.get("model_type") not in families.names():
+            return None
+        family = families.find(str(own["model_type"]))
+        if not family.sees:
+            return None
+        tower = places.Tower(model_type=str(raw["model_type"]), wrapper=wrapper, text=None)
+        try:
+            config = family.config(tower.config(raw))
+            shapes = family.shapes(config)
+        except UpcycleError:
+            return None
+        lackable = family.may_lack(config)
+        return cls(family=family, expected={n: shape for n, shape in shapes.items() if n not in lackable})
+
+    def spelled(self, around: Iterable[str]) -> list[Names]:
+        """Return every way in which the tensors of its first block are among the names `around`."""
+        first = {name: shape for name, shape in self.expected.items() if ".0." in name}
+        return spelled(self.family, first, [*around])
+
+
+def missing(raw: Mapping[str, Any], around: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return the tensors of a vision tower that are missing, by their names on disk.
+
+    `around` has the names of the tensors that are no part of the text model. The first list has what an image
+    passes through; the second, what may never be read: blocks behind the one whose output the model takes,
+    and what comes after the blocks. A tower that is there under names of another kind lacks nothing.
+    """
+    around = [*around]
+    own = raw.get(config_key(VISION))
+    if not isinstance(own, Mapping):
+        return [], []
+    count = _count(raw)
+    if count is not None and count > len(around):  # each block has tensors of its own
+        return [_all_blocks(count)], []
+    known = Known.of(raw)
+    due = _due(known, around) if known is not None else []
+    due = due or ([] if count is None else _due_of_blocks(count, around))
+    lacks = [name for name in dict.fromkeys(due) if name not in {*around}]
+    after = known.family.after if known is not None and isinstance(known.family, Trained) else ()
+    unread = [name for name in lacks if _may_be_unread(name, raw, count, after)]
+    return [name for name in lacks if name not in unread], unread
+
+
+def first_unread(raw: Mapping[str, Any], count: int) -> int:
+    """Return the first of `count` blocks of a tower whose output nothing reads; `count` if all are read."""
+    taken = raw.get("vision_feature_layer")
+    found = [place for place in (taken if isinstance(taken, list) else [taken]) if type(place) is int]
+    # There is one state more than there are blocks: what goes into the first.
+    return max((place if place >= 0 else place + count + 1 for place in found), default=count)
+
+
+def _count(raw: Mapping[str, Any]) -> int | None:
+    """Return the number of blocks of the tower; None if its config does not say it in a usual way."""
+    own = raw[config_key(VISION)]
+    if own.get("drop_vision_last_layer") or raw.get("drop_vision_last_layer"):  # MiniCPM
+        return None
+    found = (own.get(key) for key in _COUNTS)
+    return next((count for count in found if type(count) is int), None)
+
+
+def _due(known: Known, around: list[str]) -> list[str]:
+    return [names.stored(name) for names in known.spelled(around) for name in known.expected]
+
+
+def _due_of_blocks(count: int, around: Iterable[str]) -> list[str]:
+    """Return the names of the tensors in all blocks of a tower of a class that no family knows.
+
+    All blocks have tensors of the same names.
+    """
+    lists: dict[str, dict[int, set[str]]] = {}
+    for name in around:
+        if found := _BLOCK.fullmatch(name):
+            lists.setdefault(found[1], {}).setdefault(int(found[2]), set()).add(found[3])
+    seeing = {
+        start: blocks for start, blocks in lists.items() if _SEES.search(start) and not _BEHIND.search(start)
+    }
+    if not seeing:
+        whole = any(len(blocks) >= count for blocks in lists.values())
+        return [] if whole else [_all_blocks(count)]
+    ends = {start: sorted(set().union(*blocks.values())) for start, blocks in seeing.items()}
+    # Other lists in a tower (of a merger) are shorter, or have less in each entry.
+    of_tower = max((len(blocks), len(ends[start])) for start, blocks in seeing.items())
+    return [
+        f"{start}{i}.{end}"
+        for start, blocks in seeing.items()
+        if (len(blocks), len(ends[start])) == of_tower
+        for i in range(count)
+        for end in ends[start]
+    ]
+
+
+def _all_blocks(count: int) -> str:
+    return f"the {count} blocks of its vision tower"
+
+
+def _may_be_unread(name: str, raw: Mapping[str, Any], count: int | None, after: tuple[str, ...]) -> bool:
+    if found := _BLOCK.fullmatch(name):
+        return count is not None and int(found[2]) >= first_unread(raw, count)
+    return any(f".{end}" in f".{name}" for end in after)
