@@ -23,6 +23,7 @@ from transformers.monkey_patching import patch_output_recorders
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from upcycle.errors import UpcycleError, cut, listed
+from upcycle.hf import implementations
 from upcycle.hf.body import Body
 from upcycle.hf.quiet import quiet
 from upcycle.tensors.entries import Entry
@@ -52,6 +53,7 @@ def on_meta(
         # A multimodal class knows no such setting, and the text model within it does.
         of_experts = made if cls._can_set_experts_implementation() else made.get_text_config()
         of_experts._experts_implementation = experts_implementation
+    implementations.refrain(made, "config.json")
     if attn_implementation is not None:
         made._attn_implementation = attn_implementation
     with ExitStack() as contexts:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
+from upcycle.hf import implementations
+
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
@@ -42,6 +44,7 @@ def loaded(
     The config is the one in `folder`.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    implementations.refrain(config, str(folder / "config.json"))
     model, report = cls.from_pretrained(
         None, config=config, state_dict=dict(headers), dtype="float32", output_loading_info=True
     )

@@ -17,6 +17,7 @@ from upcycle.dense.leaving_out import dropped_twins, drops_head
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError, listed, shown
 from upcycle.families._checked import MOST_BLOCKS
+from upcycle.hf import implementations
 from upcycle.hf.parts import ALL_EXPERTS_FUNCTIONS
 from upcycle.nn import expert_by_expert, grouped, kernels
 from upcycle.nn.upcycled_config import CLASS_PREFIX
@@ -65,6 +66,8 @@ def fill(
     refuse_unknown(wanted)
     refuse_depth(folder)
     ours = {"trust_remote_code": False, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    if "config" not in options:
+        options |= _other_config(cls, folder)
     try:
         model, report = cls.from_pretrained(folder, **options, **ours)
     except (UpcycleError, MemoryError, torch.OutOfMemoryError):
@@ -83,6 +86,20 @@ def fill(
     choose_experts(model, wanted)
     opened: PreTrainedModel = model
     return opened
+
+
+def _other_config(cls: type[PreTrainedModel], folder: str | Path) -> dict[str, Any]:
+    """Return the config to open a folder with, as an option, if that of the folder asks for foreign code."""
+    path = Path(folder) / CONFIG
+    if not path.is_file() or not any(
+        key in path.read_text("utf-8", "replace") for key in implementations.OWN
+    ):
+        return {}
+    config = read_config(folder)
+    kind = getattr(cls, "config_class", None)  # none: an Auto class
+    if kind is not None and kind is not type(config):
+        config = kind.from_pretrained(folder)
+    return {"config": config} if implementations.refrain(config, str(path)) else {}
 
 
 def tie_dropped(model: PreTrainedModel, dense: Dense) -> None:
