@@ -8,9 +8,11 @@ import shutil
 import pytest
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+import tiny_wrappers
 import upcycle
 from upcycle import Recipe, convert, verify
 from upcycle.conversion import generation_settings
+from upcycle.hf import generation
 
 OLD = {"temperature": 0.7, "max_length": 33, "num_beams": 3, "do_sample": True, "top_p": 0.9}
 MOE = {"num_experts": 2, "top_k": 1}
@@ -60,3 +62,29 @@ def test_a_file_of_the_source_goes_before_them(old, tmp_path):
     convert(old, tmp_path / "moe", Recipe.of(moe=MOE))
     assert json.loads((tmp_path / "moe" / generation_settings.FILE).read_text())["temperature"] == 0.3
     assert verify(old, tmp_path / "moe").holds
+
+
+@pytest.mark.parametrize("where", ["text", "outer"])
+@pytest.mark.parametrize(
+    "moe", [{"target": "mixtral"}, {"target": "upcycled"}, {"part_only": "text"}], ids=str
+)
+def test_those_of_a_multimodal_model_are_heeded(where, moe, tmp_path):
+    """transformers takes those of the text model where the outer config has none."""
+    source = tmp_path / "old"
+    tiny_wrappers.make(source, "llava")
+    (source / generation_settings.FILE).unlink(missing_ok=True)
+    config = json.loads((source / "config.json").read_text())
+    place = config if where == "outer" else config["text_config"]
+    place |= OLD | {"eos_token_id": [2, 5]}
+    (source / "config.json").write_text(json.dumps(config))
+    recipe = Recipe.of(moe={**MOE, "top_k": 2, **moe})
+    convert(source, tmp_path / "moe", recipe)
+    proof = verify(source, tmp_path / "moe")
+    assert proof.holds, proof.checks
+    in_memory, on_disk, due = (
+        generation.settings(model)
+        for model in (upcycle.load(source, recipe), upcycle.open(tmp_path / "moe"), upcycle.open(source))
+    )
+    assert in_memory == on_disk == due
+    assert due["eos_token_id"] == [2, 5]
+    assert due.items() >= OLD.items()

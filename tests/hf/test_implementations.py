@@ -65,9 +65,7 @@ def test_a_conversion_is_verified_and_opened_all_the_same(key, value, dense, tmp
 @pytest.mark.parametrize("part", ["text_config", "vision_config"])
 def test_a_part_of_a_multimodal_model_asks_in_vain_too(part, tmp_path):
     tiny_wrappers.make(tmp_path / "whole", "llava")
-    source = asking(
-        tmp_path / "whole", tmp_path / "dense", "_attn_implementation", "flash_attention_2", part
-    )
+    source = asking(tmp_path / "whole", tmp_path / "dense", "_attn_implementation", "flash_attention_2", part)
     convert(source, tmp_path / "moe", RECIPE)
     proof = verify(source, tmp_path / "moe")
     assert proof.holds, proof.checks

@@ -30,28 +30,49 @@ USUAL: Mapping[str, Any] = {
     "assistant_lookbehind": 10, "target_lookbehind": 10, "num_beam_groups": 1, "diversity_penalty": 0.0,
 }  # fmt: skip
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+_PARTS = ("decoder", "generator", "text_config")  # where else transformers looks, the first that is there
 
 
 def of(built: Blueprint) -> dict[str, Any]:
-    """Return the settings in the source's config.json, with its special tokens; empty if there are none.
+    """Return what generation heeds in the source's config.json; empty if that is special tokens alone.
 
-    There are none either if the source has a file of its own for them.
+    Tokens are among it if the result's config.json has others. It is empty, too, if the source has a file of
+    its own for them.
     """
-    raw = built.source.config
-    unusual = {key: raw[key] for key, usual in USUAL.items() if raw.get(key) not in (None, usual)}
-    if not unusual or (built.source.folder / FILE).exists():
+    if (built.source.folder / FILE).exists():
         return {}
-    return {key: raw[key] for key in _TOKENS if raw.get(key) is not None} | unusual
+    said, made = heeded(built.source.config), heeded(built.stored_config())
+    settings = said.keys() - {*_TOKENS}
+    return said if settings or _lost(said, made) else {}
 
 
 def write(built: Blueprint, folder: Path) -> dict[str, str]:
-    """Write the settings that the result's config.json does not hold; return the file and the reason, if any.
+    """Write what the result's config.json does not say; return the file and the reason, if there is one.
 
     Nothing is written if the source has a file of its own, which is carried over.
     """
-    made = built.stored_config()
-    lost = {key: value for key, value in of(built).items() if key in _TOKENS or key not in made}
-    if lost.keys() <= {*_TOKENS}:
+    said = of(built)
+    if not _lost(said, heeded(built.stored_config())):
         return {}
-    whole_file.write_json(folder / FILE, lost)
+    whole_file.write_json(folder / FILE, said)
     return {FILE: "the source has these settings in its config.json"}
+
+
+def heeded(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings in a config.json that are not the usual ones, with its special tokens.
+
+    Of a multimodal model, transformers takes those of the text model where it has none of its own.
+    """
+    within: Mapping[str, Any] = next((raw[part] for part in _PARTS if raw.get(part)), {})
+    places = [raw, within] if isinstance(within, Mapping) else [raw]
+    found = {}
+    for key in (*_TOKENS, *USUAL):
+        values = (place.get(key) for place in places)
+        value = next((value for value in values if value is not None and value != USUAL.get(key)), None)
+        if value is not None:
+            found[key] = value
+    return found
+
+
+def _lost(said: Mapping[str, Any], made: Mapping[str, Any]) -> bool:
+    return any(made.get(key) != value for key, value in said.items())
