@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -759,7 +760,7 @@ def test_a_vision_tower_that_lacks_blocks_is_refused(kind, missing, made, tmp_pa
     source = edit(made(kind), tmp_path / "dense", rest, **read)
     recipe = Recipe.of(moe={"num_experts": 2, "target": "upcycled"})
     said = re.escape(min(gone)) if missing == "norm" else r"the 2 blocks" if missing == "all" else r"\.[01]\."
-    with pytest.raises(UpcycleError, match=rf"lacks .*{said}.*\(vision_config\) .*part_only = text"):
+    with pytest.raises(UpcycleError, match=rf"lacks .*{said}.* config\.json calls for.*part_only = text"):
         blueprint(source, recipe)
     blueprint(source, Recipe.of(moe={"part_only": "text", "target": "upcycled"}))
     blueprint(edit(made(kind), tmp_path / "whole", **read), recipe)
@@ -781,6 +782,43 @@ def test_a_vision_tower_may_lack_what_nothing_reads(made, tmp_path):
     assert not proof.holds
     with pytest.raises(UpcycleError, match=r"around its text model it lacks .*layers\.1\..*part_only = text"):
         upcycle.load(source, recipe)
+
+
+@pytest.mark.parametrize("part", ["text", "vision", "text+vision"])
+@pytest.mark.parametrize("gone", ["layers.1.", "layers.1.self_attn.q_proj"])
+def test_a_text_model_that_lacks_blocks_is_refused_by_what_is_missing(gone, part, made, tmp_path):
+    """Also where the vision tower alone gets experts."""
+    stored = load_file(made("llava") / "model.safetensors")
+    rest = {n: t for n, t in stored.items() if not ("language_model" in n and f".{gone}" in n)}
+    source = edit(made("llava"), tmp_path / "cut", rest)
+    with pytest.raises(UpcycleError, match=r"lacks model\.layers\.1\..*config\.json calls for"):
+        blueprint(source, Recipe.of(moe={"num_experts": 2, "part": part}))
+
+
+def test_a_vision_tower_that_gets_experts_is_refused_by_what_is_missing(made, tmp_path):
+    stored = load_file(made("llava") / "model.safetensors")
+    rest = {n: t for n, t in stored.items() if not n.startswith("vision_tower.encoder.layers.1.")}
+    source = edit(made("llava"), tmp_path / "cut", rest)
+    with pytest.raises(UpcycleError, match=r"lacks encoder\.layers\.1\..*config\.json calls for"):
+        blueprint(source, Recipe.of(moe={"num_experts": 2, "part": "vision"}))
+
+
+@pytest.mark.parametrize("gone", ["layers.1.", "layers.1.fc1.bias", "layers."])
+def test_an_encoder_of_sound_that_lacks_blocks_is_refused(gone, tmp_path):
+    sound = {**every_wrapper.CASES["qwen2_audio"].config["audio_config"], "encoder_layers": 2}
+    case = replace(
+        every_wrapper.CASES["qwen2_audio"], config={"audio_config": sound, "audio_token_index": 95}
+    )
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(every_wrapper.CASES, "qwen2_audio", case)
+        every_wrapper.make(tmp_path / "whole", "qwen2_audio")
+    stored = load_file(tmp_path / "whole" / "model.safetensors")
+    rest = {n: t for n, t in stored.items() if not ("audio" in n and f".{gone}" in n)}
+    recipe = Recipe.of(moe={"num_experts": 2, "target": "upcycled"})
+    blueprint(tmp_path / "whole", recipe)
+    said = "the 2 blocks of its encoder of sound" if gone == "layers." else rf"audio_tower\.{gone}"
+    with pytest.raises(UpcycleError, match=f"lacks .*{said}.*calls for.*part_only = text"):
+        blueprint(edit(tmp_path / "whole", tmp_path / "cut", rest), recipe)
 
 
 def test_a_projector_that_is_missing_is_named(made, tmp_path):

@@ -102,5 +102,5 @@ def test_what_transformers_has_itself_is_heeded(asked, dense, tmp_path):
 
 def test_what_a_user_asks_for_is_tried(dense, tmp_path):
     source = asking(dense("llama"), tmp_path / "dense", *ASKED[0])
-    with pytest.raises(upcycle.UpcycleError, match="cannot be opened as a .*asked for|FlashAttention"):
+    with pytest.raises(upcycle.UpcycleError, match=r"asked for|FlashAttention"):
         upcycle.open(source, attn_implementation="flash_attention_2")

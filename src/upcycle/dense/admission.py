@@ -16,7 +16,7 @@ from upcycle.dense.leaving_out import dropped, kept
 from upcycle.dense.places import Place
 from upcycle.dense.source import Dense
 from upcycle.errors import UpcycleError, cut, listed, nearest_of_many, shown
-from upcycle.families import Family
+from upcycle.families import Config, Family
 from upcycle.families._names import Names, spelled
 from upcycle.families._wrappers import TEXT, VISION, Wrapper
 from upcycle.targets import natives
@@ -95,9 +95,25 @@ def _admit_tower(checkpoint: Checkpoint, *, within: bool, drop: tuple[str, ...])
     config = family.config(place.config(raw))
     found = spelled(family, family.shapes(config), stored)
     places.refuse_two(where, found, VISION)
-    place = replace(place, names=found[0] if found else Names())
+    place = replace(place, names=found[0] if found else _of_some(family, config, stored) or Names())
     left_out = without | due.check(checkpoint, stored, family, config, place)
+    _check_text(checkpoint, stored)
     return Dense(checkpoint=checkpoint, family=family, config=config, left_out=left_out, place=place)
+
+
+def _check_text(checkpoint: Checkpoint, stored: Mapping[str, TensorInfo]) -> None:
+    """Refuse a dense text model beside a tower if it is of a known family and not whole."""
+    own = places.own_config(checkpoint.config)
+    if has_experts(own) or own.get("model_type") not in families.names():
+        return
+    family = families.of(own)
+    try:
+        family.config(own)
+    except UpcycleError:  # it stays as it is, so that it need not be one that could have experts
+        return
+    due.refuse_more_blocks(checkpoint.folder, len(stored), family, own)
+    place = _within(checkpoint, stored, family, own, alone=False)
+    due.check_beside(stored, checkpoint.folder, family, family.config(place.config(checkpoint.config)), place)
 
 
 def refuse_quantised(checkpoint: Checkpoint) -> None:
@@ -190,10 +206,16 @@ def _within(
         )
     found = spelled(family, family.shapes(family.config(own)), stored)
     places.refuse_two(checkpoint.folder, found)
-    names = found[0] if found else Names(root=family.root)
+    names = found[0] if found else _of_some(family, family.config(own), stored) or Names(root=family.root)
     tied = places.head_is_tied(raw, _head_is_stored(family, names, stored))
     kind = places.Alone if alone else places.Within
     return kind(names=names, model_type=outer, wrapper=wrapper or Wrapper(architecture=""), tied=tied)
+
+
+def _of_some(family: Family, config: Config, stored: Collection[str]) -> Names | None:
+    """Return how a model that is not whole is spelled, by its first block; None if that is missing, too."""
+    first = [name for name in family.shapes(config) if ".0." in name]
+    return next(iter(spelled(family, first, stored)), None)
 
 
 def _head_is_stored(family: Family, names: Names, stored: Collection[str]) -> bool:

@@ -45,11 +45,11 @@ def check(
 
 
 def check_around(checkpoint: Checkpoint, stored: Mapping[str, TensorInfo], place: Place) -> None:
-    """Refuse a value head around a text model, and a vision tower that is not what its config says.
+    """Refuse a value head around a text model, and a tower that is not what its config says.
 
-    A tower must have its blocks and what comes before them, in the shapes that the config gives a tower of a
-    known family. What no image need pass through may be missing (`towers.missing`). All else around the text
-    model is taken as it is: no family knows the class of the whole model.
+    A tower must have its blocks; one of a known family, also what comes before them, and the shapes of its
+    config. What no image need pass through may be missing (`towers.missing`). All else around the text model
+    is taken as it is: no family knows the class of the whole model.
     """
     raw, where = checkpoint.config, checkpoint.folder
     around = [name for name in stored if place.own(name) is None]
@@ -58,15 +58,28 @@ def check_around(checkpoint: Checkpoint, stored: Mapping[str, TensorInfo], place
     lacks, _ = towers.missing(raw, around)
     if lacks:
         raise UpcycleError(
-            f"{where} lacks {listed(lacks)}, which its config.json (vision_config) calls for; give the "
-            f"checkpoint with its vision tower, or take the text model out of it (moe.part_only = text)"
+            f"{where} lacks {listed(lacks)}, which its config.json calls for; give the checkpoint with "
+            f"all that stands around its text model, or take the text model out of it (moe.part_only = text)"
         )
-    if (known := towers.Known.of(raw)) is None:
+    if (known := towers.Known.of(raw, len(around))) is None:
         return
     for names in known.spelled(around):
         found = {own: stored[name] for name in around if (own := names.own(name)) is not None}
         there = {name: shape for name, shape in known.expected.items() if name in found}
         refuse_other_shapes(where, there, {name: (info.name, info.shape) for name, info in found.items()})
+
+
+def check_beside(
+    stored: Mapping[str, TensorInfo], where: Path, family: Family, config: Config, place: Place
+) -> None:
+    """Refuse a text model that is not whole, where its vision tower alone gets experts.
+
+    It stays as it is, with whatever else is stored in it.
+    """
+    found = {own: info for name, info in stored.items() if (own := place.own(name)) is not None}
+    lackable = family.may_lack(config) - found.keys()
+    expected = {name: shape for name, shape in place.shapes(family, config).items() if name not in lackable}
+    refuse_other_shapes(where, expected, {name: (info.name, info.shape) for name, info in found.items()})
 
 
 def refuse_more_blocks(where: Path, tensors: int, family: Family, own: Mapping[str, Any]) -> None:
