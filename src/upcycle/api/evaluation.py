@@ -15,6 +15,7 @@ from upcycle.evaluation import results
 from upcycle.evaluation.to_score import ToScore
 from upcycle.records.evaluation import EvaluationRecord
 from upcycle.system import whole_file
+from upcycle.system.needed import said_if_missing
 from upcycle.system.progress import Progress, reporting_to
 from upcycle.system.signals import interrupting
 
@@ -70,6 +71,7 @@ class Recorded:
     lost: tuple[UpcycleError, ...]
 
 
+@said_if_missing()
 def evaluate(
     checkpoints: str | Path | Sequence[str | Path],
     *,

@@ -21,6 +21,7 @@ from upcycle.recipe import RecipeLike
 from upcycle.sharding.layout import Layout
 from upcycle.system import gpus
 from upcycle.system.gpus import Gpu
+from upcycle.system.needed import said_if_missing
 from upcycle.system.wording import size
 from upcycle.tasks._positions import row_of
 from upcycle.training import parts
@@ -63,6 +64,7 @@ def foretell(
     return outlook.of(setting, gpus.find(gpu))
 
 
+@said_if_missing()
 def foretell_run(run: Run, *, world: int, gpu: str = "H100") -> Outlook:
     """Return what a step of a run needs on one of `world` GPUs of the kind `gpu`.
 
