@@ -96,7 +96,7 @@ def test_evaluate(trainable, moe, tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
     assert not (source / "eval.json").exists()
     assert [each.folder for each in found.scored] == [source, moe]
-    assert found.differences[0]["against"] == str(source)
+    assert found.differences[0].against == str(source)
     told = asked_of_the_command_line(capsys, "eval", source, moe, "--text", text)
     assert told == json.loads(json.dumps(found.as_dict()))
     recorded = found.record()

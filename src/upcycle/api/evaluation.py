@@ -20,6 +20,7 @@ from upcycle.system.progress import Progress, reporting_to
 from upcycle.system.signals import interrupting
 
 if TYPE_CHECKING:
+    from upcycle.evaluation.comparison import PairedDifference
     from upcycle.evaluation.scores import Scored
 
 
@@ -28,14 +29,14 @@ class Evaluation:
     """The scores of checkpoints, and the differences between the first one and the others."""
 
     scored: tuple[Scored, ...]
-    differences: tuple[Mapping[str, Any], ...]  # a metric of another checkpoint minus that of the first
+    differences: tuple[PairedDifference, ...]  # a metric of another checkpoint minus that of the first
     notes: tuple[str, ...]  # reasons why results were not compared
 
     def as_dict(self) -> dict[str, Any]:
         """Return the evaluation as JSON."""
         return {
             "checkpoints": [each.as_json() for each in self.scored],
-            "differences": [dict(row) for row in self.differences],
+            "differences": [row.as_json() for row in self.differences],
             "notes": list(self.notes),
         }
 
@@ -124,9 +125,7 @@ def evaluate(
         refuse(several, asked)
         scored = [score(checkpoint, asked) for checkpoint in several]
     compared = compare(scored)
-    return Evaluation(
-        scored=tuple(scored), differences=tuple(compared["differences"]), notes=tuple(compared["notes"])
-    )
+    return Evaluation(scored=tuple(scored), differences=compared.differences, notes=compared.notes)
 
 
 def _refuse_absent(checkpoints: Sequence[str | Path], asked: ToScore) -> None:
