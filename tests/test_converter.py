@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -12,17 +13,26 @@ from dataclasses import dataclass
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import upcycle
+from words import make_tokenizer
+
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
 
+# As on such a machine, a library is not found; an import of it says so, and `find_spec` gives None.
 BLOCKED = """
 import sys
+from importlib.machinery import PathFinder
 
-class Missing:
-    def find_spec(self, name, path=None, target=None):
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
         if name.partition(".")[0] in {missing!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+            return None
+        return super().find_spec(name, path, target)
 
-sys.meta_path.insert(0, Missing())
+sys.meta_path[sys.meta_path.index(PathFinder)] = Without
+"""
+COMMANDS = """
 import json
 from upcycle.cli import main
 
@@ -35,6 +45,24 @@ for words in json.loads(sys.argv[1]):
     except SystemExit as end:
         code = end.code or 0
     print("\\f", code, sep="", end="")
+"""
+CALLS = """
+import upcycle
+
+source, moe, file, run = sys.argv[1:]
+for call in (
+    lambda: upcycle.verify(source, moe),
+    lambda: upcycle.evaluate(moe, text=file),
+    lambda: upcycle.inspect(moe, text={{"file": file}}),
+    lambda: upcycle.calibrate(source, moe + ".safetensors", text=file),
+    lambda: upcycle.load(moe),
+    lambda: upcycle.train(run),
+    lambda: upcycle.export(moe, moe + "2"),
+):
+    try:
+        call()
+    except upcycle.UpcycleError as error:
+        print(error)
 """
 
 
@@ -64,7 +92,7 @@ class Done:
 
 def run(*lines: list[object]) -> list[Done]:
     """Command lines, one after another in one process of such a machine."""
-    script = BLOCKED.format(missing=sorted(left_out()))
+    script = (BLOCKED + COMMANDS).format(missing=sorted(left_out()))
     words = json.dumps([[str(word) for word in line] for line in lines])
     done = subprocess.run([sys.executable, "-c", script, words], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -82,7 +110,8 @@ def test_the_group_is_the_head_of_what_is_asked_for():
 
 
 def test_a_conversion_without_torch(dense, tmp_path):
-    source, out = dense("llama"), tmp_path / "moe"
+    source, out = shutil.copytree(dense("llama"), tmp_path / "dense"), tmp_path / "moe"
+    make_tokenizer(source)
     lines = [
         ["plan", source, "--json"],
         ["convert", source, out, "--experts", "4", "--init", "drop"],
@@ -113,3 +142,20 @@ def test_what_needs_torch_says_so(dense, tmp_path):
         said = r"this needs \w+, which is not installed: pip install upcycle"
         assert re.search(said, done.errors), done.errors
         assert done.errors.count("\n") == 1
+
+
+def test_calls_from_python_that_need_torch_say_so(dense, tmp_path):
+    source, moe, run_file = dense("llama"), tmp_path / "moe", tmp_path / "run.toml"
+    upcycle.convert(source, moe)
+    run_file.write_text(
+        f'source = "{source}"\nout = "{tmp_path}/out"\ntrain = {{steps = 1}}\nschedule.peak = 1e-3\n'
+        f'data.sources = [{{path = "{run_file}"}}]\n'
+    )
+    script = (BLOCKED + CALLS).format(missing=sorted(left_out()))
+    words = [sys.executable, "-c", script, *map(str, (source, moe, run_file, run_file))]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert len(said) == 7
+    for line in said:
+        assert re.match(r"this needs \w+, which is not installed: pip install upcycle", line), line

@@ -1,7 +1,6 @@
 """Turn a trained dense checkpoint into a Mixture of Experts, and prove it."""
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from upcycle.system.first_import import after_import
@@ -27,7 +26,8 @@ if TYPE_CHECKING:
     from upcycle.training.export import export
     from upcycle.verification import verify
 
-__version__ = version("upcycle")
+    __version__: str
+
 __all__ = [
     "Progress", "Recipe", "UpcycleError", "advise", "blueprint", "calibrate", "convert", "evaluate", "export",
     "foretell", "gguf", "inspect", "load", "open", "plan", "report", "train", "translate", "verify",
@@ -62,6 +62,10 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     # Nothing heavy is imported before it is used: `upcycle --help` must not wait for numpy.
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("upcycle")
     if name not in _HOMES:
         raise AttributeError(f"module 'upcycle' has no attribute {name!r}")
     from upcycle.system.needed import said_if_missing

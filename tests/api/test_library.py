@@ -96,7 +96,7 @@ def test_evaluate(trainable, moe, tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
     assert not (source / "eval.json").exists()
     assert [each.folder for each in found.scored] == [source, moe]
-    assert found.differences[0]["against"] == str(source)
+    assert found.differences[0].against == str(source)
     told = asked_of_the_command_line(capsys, "eval", source, moe, "--text", text)
     assert told == json.loads(json.dumps(found.as_dict()))
     recorded = found.record()
@@ -191,6 +191,30 @@ def test_train_export_and_report(trainable, tmp_path, capsys):
         (
             lambda folder: upcycle.foretell(folder, world=8, recompute="x"),
             "recompute = 'x'; allowed: True, False, selective",
+        ),
+        (lambda folder: upcycle.foretell(folder, world="8"), r"world = '8'; it must be a whole number of 1"),
+        (lambda folder: upcycle.foretell(folder, world=8, tp="2"), r"tp = '2'; it must be a whole number of"),
+        (lambda folder: upcycle.foretell(folder, world=8, gpu=100), r"unknown GPU 100; known: H100"),
+        (lambda folder: upcycle.advise(folder, tokens=None), r"--tokens None; it must be a whole number of"),
+        (
+            lambda folder: upcycle.inspect(folder, text={"a": "f.txt"}, limit="3"),
+            r"--limit '3'; it must be a whole number$",
+        ),
+        (
+            lambda folder: upcycle.inspect(folder, text={"a": "f.txt"}, seed=1.5),
+            r"--seed 1.5; it must be a whole number$",
+        ),
+        (
+            lambda folder: upcycle.calibrate(folder, "a.safetensors", text="f.txt", seed="1"),
+            r"--seed '1'; it must be a whole number$",
+        ),
+        (
+            lambda folder: upcycle.calibrate(folder, "a.safetensors", text="f.txt", threshold="1"),
+            r"--threshold '1'; it must be a number$",
+        ),
+        (
+            lambda folder: upcycle.evaluate(folder, text="f.txt", separator=1),
+            r"--separator 1; it must be text$",
         ),
     ],
 )

@@ -380,6 +380,17 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"upcycle {upcycle.__version__}\n"
 
 
+def test_no_sentence_of_the_help_is_broken_off(monkeypatch, capsys):
+    """tyro breaks a line where a docstring does; on a wide screen every option has one line."""
+    monkeypatch.setenv("COLUMNS", "500")
+    for command in {c[0] for c in COMMANDS if c} | {"eval", "keys"}:
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        lines = capsys.readouterr().out.splitlines()
+        assert any(re.match(r"\W?\s*-h, --help  ", line) for line in lines)
+        assert [line for line in lines if re.match(r"\W? {8,}\w", line)] == []
+
+
 @pytest.mark.parametrize("command", [c[0] for c in COMMANDS if c] + ["eval", "keys"])
 def test_help_says_what_options_do(command, capsys):
     with pytest.raises(SystemExit):

@@ -86,7 +86,10 @@ def test_without_a_converter(moe, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("does", "said"),
     [
-        ("raise ImportError(\"No module named 'gguf'\")", "No module named 'gguf'; pip install"),
+        (
+            "raise ImportError(\"No module named 'gguf'\")",
+            "No module named 'gguf'; pip install torch transformers gguf",
+        ),
         ("open(sys.argv[3], 'w').write('half'); raise ValueError('unknown tensor x')", "unknown tensor x"),
         ("pass", "it says nothing"),
     ],

@@ -22,7 +22,7 @@ from upcycle.calibration.to_calibrate import ToCalibrate
 from upcycle.cli import main
 from upcycle.evaluation import results, text
 from upcycle.evaluation.batch_size import BatchSize
-from upcycle.evaluation.comparison import compare
+from upcycle.evaluation.comparison import Compared, compare
 from upcycle.evaluation.differences import Sums, difference
 from upcycle.evaluation.no_numbers import NoNumbersError
 from upcycle.evaluation.results import Metric, Result
@@ -201,19 +201,19 @@ def test_a_copy_differs_by_nothing_and_damage_by_what_it_is(stories, tinystories
     asked = ToScore(text=tinystories, separator="<|endoftext|>", limit=12)
     scored = [score(folder, asked) for folder in (dense, moe, drop)]
     compared = compare(scored)
-    assert not compared["notes"]
-    rows = {(Path(r["checkpoint"]).name, r["metric"]): r for r in compared["differences"]}
+    assert not compared.notes
+    rows = {(Path(r.checkpoint).name, r.metric): r for r in compared.differences}
     assert {metric for _, metric in rows} == {"loss", "bits_per_byte", "accuracy"}
     for name in ("loss", "bits_per_byte"):
-        assert abs(rows["moe", name]["difference"]) < 1e-6
-        assert rows["moe", name]["standard_error"] < 1e-6
+        assert abs(rows["moe", name].difference) < 1e-6
+        assert rows["moe", name].standard_error < 1e-6
         # Damaged, and by far more than chance: documents share their difficulty, which pairing takes out.
         values = [s.results[0].metrics[name] for s in scored]
         found = rows["drop", name]
-        assert found["difference"] == pytest.approx(values[2].value - values[0].value)
-        assert found["difference"] > 5 * found["standard_error"] > 0
-        assert found["standard_error"] < math.hypot(values[0].standard_error, values[2].standard_error)
-        assert (found["units"], found["count"]) == ("documents", scored[0].results[0].more["documents"])
+        assert found.difference == pytest.approx(values[2].value - values[0].value)
+        assert found.difference > 5 * found.standard_error > 0
+        assert found.standard_error < math.hypot(values[0].standard_error, values[2].standard_error)
+        assert (found.units, found.count) == ("documents", scored[0].results[0].more["documents"])
 
 
 def words_model(folder: Path, text: str) -> Path:
@@ -242,16 +242,16 @@ def test_other_tokenizers_are_compared_by_bits_per_byte_alone(trainable, byte_mo
     compared = compare(both)
     tokens = [s.results[0].more["targets"] for s in both]
     assert tokens[0] < 0.8 * tokens[1]
-    assert [row["metric"] for row in compared["differences"]] == ["bits_per_byte"]
+    assert [row.metric for row in compared.differences] == ["bits_per_byte"]
     one, two = (s.results[0].metrics["bits_per_byte"].value for s in both)
-    assert compared["differences"][0]["difference"] == pytest.approx(two - one)
+    assert compared.differences[0].difference == pytest.approx(two - one)
     assert both[0].results[0].more["bytes"] == both[1].results[0].more["bytes"] == len(path.read_bytes())
-    (note,) = compared["notes"]
+    (note,) = compared.notes
     what = "have different tokenizers: what counts by token (loss, perplexity, accuracy) cannot be compared"
     assert note == f"{folder} and {byte_model} {what}; bits per byte can, and are"
     cut = compare([score(f, ToScore(text=path, limit=2)) for f in (folder, byte_model)])
-    assert not cut["differences"]
-    note, why = cut["notes"]
+    assert not cut.differences
+    note, why = cut.notes
     assert note == f"{folder} and {byte_model} {what}; bits per byte can"
     assert "under --limit" in why
 
@@ -275,7 +275,7 @@ def test_a_word_across_the_end_of_a_passage_is_compared(several, byte_model, tra
     path.write_text("".join(json.dumps({"text": each}) + "\n" for each in [text, "a cat"][: 1 + several]))
     folder = words_model(tmp_path / "words", "happy a cat")
     compared = compare([score(f, ToScore(text=path, length=48)) for f in (folder, byte_model)])
-    assert [row["metric"] for row in compared["differences"]] == ["bits_per_byte"]
+    assert [row.metric for row in compared.differences] == ["bits_per_byte"]
 
 
 def test_what_has_no_bits_per_byte_promises_none(tmp_path):
@@ -288,7 +288,7 @@ def test_what_has_no_bits_per_byte_promises_none(tmp_path):
         for name in "ab"
     ]
     said = "a and b have different tokenizers: what counts by token (loss) cannot be compared"
-    assert compare(both) == {"differences": [], "notes": [said]}
+    assert compare(both) == Compared(differences=(), notes=(said,))
 
 
 def test_images_are_paired(tmp_path):
@@ -313,19 +313,19 @@ def test_images_are_paired(tmp_path):
                 found = int(model(pixel_values=(pixels - 0.5) / 0.5).logits.argmax())
             mine.append(found == int(path.parent.name))
         right.append(np.array(mine, float))
-    row = next(row for row in compared["differences"] if row["metric"] == "accuracy")
-    assert row["difference"] == pytest.approx(float((right[1] - right[0]).mean()))
-    assert row["standard_error"] == pytest.approx(float(stats.sem(right[1] - right[0])))
+    row = next(row for row in compared.differences if row.metric == "accuracy")
+    assert row.difference == pytest.approx(float((right[1] - right[0]).mean()))
+    assert row.standard_error == pytest.approx(float(stats.sem(right[1] - right[0])))
     shutil.copytree(tmp_path / "images", tmp_path / "shots")
     probes = [
         score(folder, ToScore(images=tmp_path / "images", shots=tmp_path / "shots", per_class=2))
         for folder in folders
     ]
-    (row,) = compare(probes)["differences"]
+    (row,) = compare(probes).differences
     accuracies = [np.array(probe.results[0].more["accuracies"]) for probe in probes]
-    assert row["difference"] == pytest.approx(float((accuracies[1] - accuracies[0]).mean()))
-    assert row["standard_error"] == pytest.approx(float(stats.sem(accuracies[1] - accuracies[0])))
-    assert (row["kind"], row["units"], row["count"]) == ("few_shot", "seeds", 5)
+    assert row.difference == pytest.approx(float((accuracies[1] - accuracies[0]).mean()))
+    assert row.standard_error == pytest.approx(float(stats.sem(accuracies[1] - accuracies[0])))
+    assert (row.kind, row.units, row.count) == ("few_shot", "seeds", 5)
 
 
 def test_a_probe_is_not_tested_on_what_it_is_fitted_on(tmp_path):

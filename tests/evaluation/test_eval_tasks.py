@@ -392,11 +392,11 @@ def test_a_copy_differs_by_nothing(stories, tmp_path):
         pytest.skip(f"the files of the tasks are not at {REAL}")
     convert(stories, tmp_path / "moe", Recipe.of())
     asked = ToScore(tasks=("arc_easy", "blimp_wh_island"), task_files=REAL, limit=10)
-    rows = compare([score(folder, asked) for folder in (stories, tmp_path / "moe")])["differences"]
-    assert {(row["name"], row["metric"]) for row in rows} == {
+    rows = compare([score(folder, asked) for folder in (stories, tmp_path / "moe")]).differences
+    assert {(row.name, row.metric) for row in rows} == {
         ("arc_easy", "acc"), ("arc_easy", "acc_norm"), ("blimp_wh_island", "acc"),
     }  # fmt: skip
-    assert {(row["difference"], row["standard_error"], row["count"]) for row in rows} == {(0.0, 0.0, 10)}
+    assert {(row.difference, row.standard_error, row.count) for row in rows} == {(0.0, 0.0, 10)}
 
 
 def test_an_upcycled_model_is_asked_like_any_other(dense_model, folders, tmp_path):
@@ -405,11 +405,9 @@ def test_an_upcycled_model_is_asked_like_any_other(dense_model, folders, tmp_pat
     convert(dense_model, tmp_path / "moe", Recipe.of(moe=moe, init={"name": "drop", "ratio": 0.5}))
     asked = {"tasks": ("arc_easy", "blimp"), "task_files": folders[1]}
     scored = [score(dense_model, ToScore(**asked)), score(tmp_path / "moe", ToScore(**asked))]
-    for row in compare(scored)["differences"]:
-        one, two = (
-            next(r for r in s.results if r.name == row["name"]).metrics[row["metric"]] for s in scored
-        )
-        assert row["difference"] == pytest.approx(two.value - one.value)
+    for row in compare(scored).differences:
+        one, two = (next(r for r in s.results if r.name == row.name).metrics[row.metric] for s in scored)
+        assert row.difference == pytest.approx(two.value - one.value)
     pairs = [Pair([1, 5, 6], [7, 8]), Pair([1, 9], [10, 11, 12, 13]), Pair([1], [14])]
     together = language(tmp_path / "moe").likelihoods(pairs)
     alone = language(tmp_path / "moe", batch_size=1).likelihoods(pairs)

@@ -424,10 +424,10 @@ def test_a_prompt_is_cut_at_its_end_to_what_the_model_reads(t5, tmp_path, monkey
 def test_dense_and_upcycled_are_paired(t5, tmp_path):
     folder, data, _ = t5
     convert(folder, tmp_path / "moe", Recipe.of(moe={"target": "upcycled", "num_experts": 4}))
-    rows = compare([score(f, ToScore(superglue=data)) for f in (folder, tmp_path / "moe")])["differences"]
-    assert {row["name"] for row in rows} == set(TASKS)
-    assert {(row["difference"], row["standard_error"]) for row in rows} == {(0.0, 0.0)}
-    assert {row["units"] for row in rows} == {"examples", "questions", "queries"}
+    rows = compare([score(f, ToScore(superglue=data)) for f in (folder, tmp_path / "moe")]).differences
+    assert {row.name for row in rows} == set(TASKS)
+    assert {(row.difference, row.standard_error) for row in rows} == {(0.0, 0.0)}
+    assert {row.units for row in rows} == {"examples", "questions", "queries"}
 
 
 @pytest.mark.slow

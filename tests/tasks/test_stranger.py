@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,8 @@ from upcycle.evaluation.specialisation import ToWatch, specialisation
 from upcycle.training.export import export
 from upcycle.training.loop import train
 from upcycle.training.metrics import read
+from upcycle.training.rehearsal import rehearse
+from upcycle.training.run import Run
 from words import SPECIAL, WORDS, make_tokenizer, sentence
 
 PARITY = '''
@@ -83,6 +86,17 @@ def parity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     vars(tasks).pop("parity", None)
 
 
+def run_of(dense: Path, out: Path) -> dict[str, Any]:
+    """A run of two steps of a Mixture of Experts."""
+    return {
+        "source": str(dense), "out": str(out), "task": {"name": "parity", "divisor": 2},
+        "moe": {"num_experts": 4, "target": "upcycled"},
+        "data": {"sources": [{"path": str(dense / "text.txt")}], "held_out": 0.25},
+        "train": {"steps": 2, "batch_size": 8, "sequence_length": 24, "eval_every": 1},
+        "schedule": {"name": "constant", "peak": 1e-3},
+    }  # fmt: skip
+
+
 def source(folder: Path) -> Path:
     """A BERT that classifies tokens, and a text."""
     size = len(SPECIAL) + len(WORDS) + 1
@@ -97,15 +111,7 @@ def test_a_task_in_one_file(parity, tmp_path):
     """It trains two steps of a Mixture of Experts, and `eval` says what plain torch says of all rows."""
     dense = source(tmp_path / "dense")
     text = dense / "text.txt"
-    train(
-        {
-            "source": str(dense), "out": str(tmp_path / "run"), "task": {"name": "parity", "divisor": 2},
-            "moe": {"num_experts": 4, "target": "upcycled"},
-            "data": {"sources": [{"path": str(text)}], "held_out": 0.25},
-            "train": {"steps": 2, "batch_size": 8, "sequence_length": 24, "eval_every": 1},
-            "schedule": {"name": "constant", "peak": 1e-3},
-        }
-    )  # fmt: skip
+    train(run_of(dense, tmp_path / "run"))
     lines = read(tmp_path / "run")
     assert [line.step for line in lines] == [1, 2]
     assert lines[1].held_out_loss < lines[0].held_out_start
@@ -150,3 +156,13 @@ def rows_of(folder: Path, text: Path, length: int) -> torch.Tensor:
     ids = [*tokenizer(text.read_text()).input_ids, tokenizer.eos_token_id]
     count = (len(ids) - 1) // length
     return torch.tensor(ids[: count * length]).view(count, length)
+
+
+def test_a_dry_run_of_it_takes_steps_once_it_says_its_shapes(parity, tmp_path, monkeypatch):
+    run = Run.of(run_of(source(tmp_path / "dense"), tmp_path / "run"))
+    found = rehearse(run)
+    assert (found.stepped, found.not_stepped) == (0, "rows of parity are known only with the data")
+    shapes = {"inputs": (8, 24), "labels": (8, 24)}
+    monkeypatch.setattr(type(run.task), "shapes", lambda task, rows, length: shapes, raising=False)
+    found = rehearse(run)
+    assert (found.stepped, found.not_stepped) == (2, None)

@@ -15,7 +15,7 @@ NEAR = 2.0  # a paper covers models up to so many times larger or smaller than i
 NEAR_BUDGET = 4.0  # the same for tokens
 SLACK = 1.05  # and for a share of the dense cost: slices cost 1.01 times the dense FLOPs, and steps are whole
 Better = Literal["upcycling", "dense continuation"] | None
-UNREAD = "how many experts of a token and which layers it was found with is not in what was read"
+UNREAD = "what was read of the source does not say how many experts a token had, and in which layers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,7 @@ def inside(situation: Situation, comparison: Comparison) -> tuple[bool | None, s
         return True, f"{like}, {rounded(situation.asked.tokens)} tokens are near"
     taken, (low, high) = situation.share_of_cost, comparison.share
     if taken is None:
-        return None, "it needs --dense-tokens, what the dense model was trained on"
+        return None, "it needs --dense-tokens, the tokens that the dense model was trained on"
     if taken < low / SLACK:
         return False, f"{share(taken)} of the dense cost, found at {share(low)} to {share(high)}"
     if taken > high * SLACK:
@@ -152,10 +152,10 @@ def unlike(situation: Situation, comparison: Comparison) -> tuple[Literal[False]
         if not near(tokens, (comparison.tokens, comparison.tokens), NEAR_BUDGET):
             return False, f"{rounded(tokens)} tokens, found at {rounded(comparison.tokens)}"
         if not comparison.experts.complete:
-            return None, f"{UNREAD}, nor are the settings of init.name = {situation.built.recipe.init.name}"
+            return None, f"{UNREAD}, nor the settings of init.name = {situation.built.recipe.init.name}"
     if comparison.trained is not None:
         if situation.trained is None:
-            return None, "it needs --dense-tokens, what the dense model was trained on"
+            return None, "it needs --dense-tokens, the tokens that the dense model was trained on"
         if not near(situation.trained, comparison.trained, NEAR):
             seen = " to ".join(f"{n:g}" for n in dict.fromkeys(comparison.trained))
             return False, f"{situation.trained:.2g} tokens per parameter seen before, found at {seen}"

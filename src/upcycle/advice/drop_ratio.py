@@ -60,7 +60,7 @@ def best(situation: Situation) -> Statement:
         said = f"r = 0, a copy: drop ended far below the dense model after {rounded(REFUTED_AT)} tokens"
         source, (covered, why) = AGAINST, _covered(size, REFUTED, tokens, REFUTED_AT)
         inside = None if covered else False
-        why += "; its r and indices are not in what was read" if covered else ""
+        why += "; what was read of the source does not say its r and indices" if covered else ""
     return Statement(
         topic="drop ratio", said=said, value=ratio, unit="r", source=source, inside=inside, why=why
     )

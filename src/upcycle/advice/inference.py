@@ -70,10 +70,10 @@ def statements(situation: Situation) -> list[Statement]:
             said=f"a token takes {flops:.2f} times the {dense_flops}; a batch that meets all experts reads "
             f"{total / dense:.2f} times the weights",
             value=flops, unit=f"times the {dense_flops}", source="counted: bounds, not a measurement",
-            inside=True, why="where arithmetic, and where reading weights is the limit",
+            inside=True, why="the first where arithmetic is the limit, the second where reading weights is",
         )
     )  # fmt: skip
-    inside, why = None, "which sizes it was measured on is not in what was read"
+    inside, why = None, "what was read of the source does not say on which sizes it was measured"
     if situation.kind != "decoder":
         inside, why = False, f"measured on language models that generate, this is {situation.kind}"
     elif situation.grows:

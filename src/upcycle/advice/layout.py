@@ -81,7 +81,11 @@ def statements(situation: Situation) -> list[Statement]:
     again = "layers recomputed" if recomputed(situation) else "no layer recomputed"
     source = "counted, as in `upcycle plan --world`"
     needed = least(situation, gpu)
-    enough = f"the least power of two is {needed} {gpu.name}" if needed else f"no number of {gpu.name} does"
+    enough = (
+        f"the smallest power of two that fits is {needed} {gpu.name}"
+        if needed
+        else f"no number of {gpu.name} is enough"
+    )
     if count is None:
         said = f"training in mixed precision: {enough}"
         why = f"the layout of upcycle train, one row at a time ({situation.row_said}), {again}; {UNMEASURED}"
@@ -113,7 +117,7 @@ def statements(situation: Situation) -> list[Statement]:
         larger = [g for g in gpus.KNOWN if g.memory > gpu.memory and fits(situation, count, g)]
         said = f"it does not fit into {room}: {enough}"
         said += f"; {count} {larger[0].name} would" if larger else ""
-        said += "; or shorter rows" if needed is None and not larger else ""
+        said += "; shorter rows may fit" if needed is None and not larger else ""
     out.append(
         Statement(
             topic=topic, said=said, value=needed, unit="GPUs at least", source="data sheet of the maker",

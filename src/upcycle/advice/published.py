@@ -161,7 +161,10 @@ def crossover_inside(situation: Situation, crossover: Crossover) -> tuple[bool |
     if not near(situation.plan.dense_parameters, crossover.sizes, NEAR):
         return False, sizes(situation, crossover.sizes)
     if not crossover.exact:
-        return None, "stated as a rule; the sizes and budgets behind it are not in what was read"
+        return (
+            None,
+            "stated as a rule; what was read of the source does not say on which runs it rests",
+        )
     if not crossover.experts.complete:
         return None, f"{rounded(situation.plan.dense_parameters)} parameters is near; {UNREAD}"
     return True, f"{rounded(situation.plan.dense_parameters)} parameters is near"

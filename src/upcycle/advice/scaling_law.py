@@ -27,7 +27,7 @@ SMALLEST = 0.1e9  # parameters of the dense model
 TOKENS = (1e9, 368e9)  # of each of the two stages
 EXPERTS, TOP_K = 8, 2
 SETTING = Experts(count=EXPERTS, top_k=TOP_K, granularity=1, layers=1, routers=("top_k",))
-NEEDS_DENSE_TOKENS = "it needs --dense-tokens, what the dense model was trained on"
+NEEDS_DENSE_TOKENS = "it needs --dense-tokens, the tokens that the dense model was trained on"
 
 
 def dense(n: float, d: float) -> float:

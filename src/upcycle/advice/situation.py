@@ -9,7 +9,7 @@ from typing import Literal
 
 from upcycle.blueprints.blueprint import Blueprint
 from upcycle.blueprints.cost import Plan, flops_per_row, plan_of
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, shown
 from upcycle.families._wrappers import TEXT
 from upcycle.init.drop import Drop
 from upcycle.init.noise import NoisyCopy
@@ -59,8 +59,8 @@ class Budget:
             ("tokens", self.tokens), ("dense-tokens", self.dense_tokens), ("gpus", self.gpus),
             ("context", self.context),
         ):  # fmt: skip
-            if value is not None and (type(value) is not int or value < 1):
-                raise UpcycleError(f"--{option} {value}; it must be a whole number of 1 or more")
+            if (value is not None or option == "tokens") and (type(value) is not int or value < 1):
+                raise UpcycleError(f"--{option} {shown(value)}; it must be a whole number of 1 or more")
         gpus.find(self.gpu)
 
 

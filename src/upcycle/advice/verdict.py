@@ -111,8 +111,8 @@ def _by_results(situation: Situation) -> Verdict:
         return Verdict(
             choice=None,
             sure="not known",
-            sentence="This cannot be said without --dense-tokens, what the dense model was trained on: what "
-            f"covers this input asks for it; else {MEASURE}.",
+            sentence="Nothing can be said without --dense-tokens: the results that cover this input depend "
+            f"on how many tokens the dense model was trained on. If that is not known, {MEASURE}.",
         )
     return Verdict(
         choice=None,
@@ -180,7 +180,7 @@ def _against_scratch(situation: Situation) -> tuple[Literal["below", "above", "d
         return "unknown", "no published crossover is of a model like it"
     distances = {c: d for c in covering if (d := published.distance(situation, c)) is not None}
     if not distances:
-        return "unknown", "without --dense-tokens no published crossover can be compared with"
+        return "unknown", "without --dense-tokens this budget cannot be compared with a published crossover"
     places = ", and ".join(_place(crossover, far) for crossover, far in distances.items())
     said = f"this budget is {places}"
     sides = {far >= 1 for far in distances.values()}

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upcycle.api._names import names, refuse_unnamed
+from upcycle.system.needed import said_if_missing
 from upcycle.system.progress import Progress
 
 if TYPE_CHECKING:
     from upcycle.records.statistics import Statistics
 
 
+@said_if_missing()
 def calibrate(
     source: str | Path,
     out: str | Path,

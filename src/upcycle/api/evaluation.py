@@ -15,10 +15,12 @@ from upcycle.evaluation import results
 from upcycle.evaluation.to_score import ToScore
 from upcycle.records.evaluation import EvaluationRecord
 from upcycle.system import whole_file
+from upcycle.system.needed import said_if_missing
 from upcycle.system.progress import Progress, reporting_to
 from upcycle.system.signals import interrupting
 
 if TYPE_CHECKING:
+    from upcycle.evaluation.comparison import PairedDifference
     from upcycle.evaluation.scores import Scored
 
 
@@ -27,14 +29,14 @@ class Evaluation:
     """The scores of checkpoints, and the differences between the first one and the others."""
 
     scored: tuple[Scored, ...]
-    differences: tuple[Mapping[str, Any], ...]  # a metric of another checkpoint minus that of the first
+    differences: tuple[PairedDifference, ...]  # a metric of another checkpoint minus that of the first
     notes: tuple[str, ...]  # reasons why results were not compared
 
     def as_dict(self) -> dict[str, Any]:
         """Return the evaluation as JSON."""
         return {
             "checkpoints": [each.as_json() for each in self.scored],
-            "differences": [dict(row) for row in self.differences],
+            "differences": [row.as_json() for row in self.differences],
             "notes": list(self.notes),
         }
 
@@ -70,6 +72,7 @@ class Recorded:
     lost: tuple[UpcycleError, ...]
 
 
+@said_if_missing()
 def evaluate(
     checkpoints: str | Path | Sequence[str | Path],
     *,
@@ -122,9 +125,7 @@ def evaluate(
         refuse(several, asked)
         scored = [score(checkpoint, asked) for checkpoint in several]
     compared = compare(scored)
-    return Evaluation(
-        scored=tuple(scored), differences=tuple(compared["differences"]), notes=tuple(compared["notes"])
-    )
+    return Evaluation(scored=tuple(scored), differences=compared.differences, notes=compared.notes)
 
 
 def _refuse_absent(checkpoints: Sequence[str | Path], asked: ToScore) -> None:

@@ -21,6 +21,7 @@ from upcycle.recipe import RecipeLike
 from upcycle.sharding.layout import Layout
 from upcycle.system import gpus
 from upcycle.system.gpus import Gpu
+from upcycle.system.needed import said_if_missing
 from upcycle.system.wording import size
 from upcycle.tasks._positions import row_of
 from upcycle.training import parts
@@ -49,13 +50,14 @@ def foretell(
     computes on `rows` rows of `context` tokens. `recompute` is activation checkpointing. Only headers are
     read. Raises `UpcycleError` if source, recipe and layout do not fit.
     """
-    for name, value in (("world", world), ("rows", rows), ("context", context)):
-        if value is not None and (type(value) is not int or value < 1):
-            raise UpcycleError(f"{name} = {value}; it must be a whole number of 1 or more")
+    sizes = {"world": world, "replicate": replicate, "tp": tp, "ep": ep, "rows": rows}
+    for name, value in (sizes if context is None else sizes | {"context": context}).items():
+        if type(value) is not int or value < 1:
+            raise UpcycleError(f"{name} = {shown(value)}; it must be a whole number of 1 or more")
     if recompute not in (allowed := (True, False, "selective")):
         raise UpcycleError(f"recompute = {shown(recompute)}; allowed: {', '.join(map(str, allowed))}")
     built = blueprint(source, recipe, opener=peek)
-    fsdp = world // max(1, replicate * tp)
+    fsdp = world // (replicate * tp)
     layout = Layout(replicate=replicate, fsdp=fsdp, tp=tp, ep=ep)
     _refuse(layout, built, world)
     lengths = row_of(built.dense, context, setting="context")
@@ -63,6 +65,7 @@ def foretell(
     return outlook.of(setting, gpus.find(gpu))
 
 
+@said_if_missing()
 def foretell_run(run: Run, *, world: int, gpu: str = "H100") -> Outlook:
     """Return what a step of a run needs on one of `world` GPUs of the kind `gpu`.
 

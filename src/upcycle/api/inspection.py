@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from upcycle import inspection
 from upcycle.api._names import names, refuse_unnamed
 from upcycle.errors import UpcycleError
+from upcycle.system.needed import said_if_missing
 from upcycle.system.progress import Progress, reporting_to
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ class Inspection:
         return None if self.routing is None else self.routing.save()
 
 
+@said_if_missing()
 def inspect(
     checkpoint: str | Path,
     source: str | Path | None = None,

@@ -10,6 +10,7 @@ from upcycle.blueprints.making import blueprint
 from upcycle.checkpoints import hub
 from upcycle.dense.admission import admit
 from upcycle.errors import UpcycleError
+from upcycle.system.needed import said_if_missing
 from upcycle.system.progress import Progress, reporting_to
 from upcycle.training.begun_in import refuse_elsewhere
 from upcycle.training.course import Course
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from upcycle.training.rehearsal import Rehearsal
 
 
+@said_if_missing()
 def train(
     run: Run | Mapping[str, Any] | str | Path, *, resume: bool = False, progress: Progress | None = None
 ) -> Result:
@@ -40,6 +42,7 @@ def train(
         return loop.train(asked, resume=resume, examiner=HarnessExaminer())
 
 
+@said_if_missing()
 def rehearse(run: Run | Mapping[str, Any] | str | Path, *, world: int = 1) -> Rehearsal:
     """Return what a run would be in a world of so many processes, without data, a GPU, or a file written.
 

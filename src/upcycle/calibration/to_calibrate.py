@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from upcycle.calibration import domains
 from upcycle.calibration.domains import Domain
 from upcycle.data.documents import Source
-from upcycle.errors import UpcycleError, refuse_fraction
+from upcycle.errors import UpcycleError, refuse_fraction, shown
 from upcycle.records.statistics import NAMES, OF_DOMAINS, OF_PROMPTS, ONLY_AT, POSITIONS, refuse_unknown
 from upcycle.system.paths import as_paths
 from upcycle.tensors import rng
@@ -68,7 +69,7 @@ class ToCalibrate:
                     f"{position}, or leave it out"
                 )
         self._refuse_domains()
-        for name in ("sample", "marked", "batch_size", "limit", "length"):
+        for name in ("sample", "marked", "batch_size", "limit", "length", "seed"):
             refuse_fraction(f"--{name.replace('_', '-')}", getattr(self, name))
         if self.sample < 1:
             raise UpcycleError(f"--sample {self.sample}; it must be 1 or more tokens")
@@ -82,8 +83,8 @@ class ToCalibrate:
             raise UpcycleError(f"--length {self.length}; it must be 1 or more tokens, and goes with --text")
         if self.field != Source.field and not self.texts:
             raise UpcycleError(f"--field {self.field} is that of a text, and none is given; leave it out")
-        if not math.isfinite(self.threshold):
-            raise UpcycleError(f"--threshold {self.threshold}; it must be a number")
+        if not (isinstance(self.threshold, Real) and math.isfinite(self.threshold)):
+            raise UpcycleError(f"--threshold {shown(self.threshold)}; it must be a number")
 
     def _refuse_domains(self) -> None:
         """Refuse statistics that the data cannot give."""

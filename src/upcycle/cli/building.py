@@ -32,6 +32,16 @@ if TYPE_CHECKING:
     from upcycle.recipe import Recipe
     from upcycle.training.run import Run
 
+# tyro breaks a line of help where the docstring does, so a long one stands here.
+ToTrainOn = Annotated[
+    str,
+    arg(
+        metavar="TEXT",
+        help="tokens to train on now, such as 100B, counted as in a run's metrics.jsonl: a row has the "
+        "tokens of all its stacks (encoder and decoder), and an image the places of all stages",
+    ),
+]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForecastOptions:
@@ -139,7 +149,7 @@ def advise(
     source: Source,
     recipe: OmitArgPrefixes[RecipeOptions],
     *,
-    tokens: str,
+    tokens: ToTrainOn,
     dense_tokens: Text = None,
     gpus: Whole = None,
     gpu: str = "H100",
@@ -150,8 +160,6 @@ def advise(
     """Compare dense continuation, upcycling and training from scratch. It reads headers only.
 
     Args:
-        tokens: tokens to train on now, such as 100B; a row counts as the tokens of all its stacks (an
-            encoder's and a decoder's), an image as the places of all stages, as in a run's metrics.jsonl
         dense_tokens: tokens that SOURCE was trained on; without it much cannot be said
         gpus: number of GPUs (the smallest possible number, if absent)
         gpu: kind of GPU: H100, H200, H800, A100 or A800

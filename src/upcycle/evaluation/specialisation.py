@@ -21,7 +21,7 @@ from upcycle.data.corpus import read_tokenizer
 from upcycle.data.documents import Source
 from upcycle.dense import fingerprint
 from upcycle.dense.subject import Subject
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, refuse_fraction
 from upcycle.evaluation.batch_size import BatchSize
 from upcycle.evaluation.no_numbers import refuse_nan
 from upcycle.evaluation.patches import FAVOURITES, Patches
@@ -57,6 +57,8 @@ class ToWatch:
 
     def __post_init__(self) -> None:
         as_paths(self, "text", "images", "cache")
+        for name in ("limit", "length", "batch_size", "seed"):
+            refuse_fraction(f"--{name.replace('_', '-')}", getattr(self, name))
         if bool(self.text) == bool(self.images):
             raise UpcycleError("give either --text [NAME=]FILE or --images [NAME=]SET, once for each domain")
         if self.limit < 0:

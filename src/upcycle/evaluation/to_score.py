@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from upcycle.data.documents import Source
-from upcycle.errors import UpcycleError, refuse_fraction
+from upcycle.errors import UpcycleError, refuse_fraction, shown
 from upcycle.system.paths import as_paths
 
 
@@ -55,6 +55,8 @@ class ToScore:
             refuse_fraction(f"--{name.replace('_', '-')}", given)
             if given is not None and given < least:
                 raise UpcycleError(f"--{name.replace('_', '-')} {given}; it must be {least} or more")
+        if not isinstance(self.separator, str | None):
+            raise UpcycleError(f"--separator {shown(self.separator)}; it must be text")
         if self.separator == "":
             raise UpcycleError('--separator ""; leave it out if a file is one document')
         self._refuse_idle()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +38,9 @@ KNOWN = (
 def find(name: str) -> Gpu:
     """Return the GPU called `name`, in upper or lower case."""
     for gpu in KNOWN:
-        if gpu.name == name.upper():
+        if gpu.name == str(name).upper():
             return gpu
-    raise UpcycleError(f"unknown GPU {name!r}; known: {', '.join(gpu.name for gpu in KNOWN)}")
+    raise UpcycleError(f"unknown GPU {shown(name)}; known: {', '.join(gpu.name for gpu in KNOWN)}")
 
 
 # Words in a device name that mean another peak in spite of the same letters: cards of less power (H100 PCIe

@@ -24,7 +24,10 @@ def missing(error: ModuleNotFoundError) -> UpcycleError | None:
 
 @contextmanager
 def said_if_missing() -> Iterator[None]:
-    """Raise `UpcycleError` instead of Python's error if the block lacks a library of `OF_MODELS`."""
+    """Raise `UpcycleError` instead of Python's error if the block lacks a library of `OF_MODELS`.
+
+    It serves as a decorator as well, for functions that import such a library when they are called.
+    """
     try:
         yield
     except ModuleNotFoundError as error:

@@ -163,6 +163,13 @@ class Task(Named, abc.ABC):
         Raises `UpcycleError` for a model that reads no such rows.
         """
 
+    def shapes(self, rows: int, length: int) -> dict[str, tuple[int, ...]] | None:
+        """Return the shapes of a batch of `rows` rows of `length` tokens, all integers, by their names.
+
+        None: only the data knows them. A dry run then takes no steps.
+        """
+        return None
+
     def beyond_positions(self, length: int, subject: Subject) -> str | None:
         """Return a sentence about rows that are too long for the model.
 

@@ -61,6 +61,9 @@ class CausalLM(Task):
     def lengths(self, length: int, subject: Subject) -> dict[str, int]:
         return subject.all_of(length)
 
+    def shapes(self, rows: int, length: int) -> dict[str, tuple[int, ...]]:
+        return {"rows": (rows, length + 1)}
+
 
 def rows_alone(rows: np.ndarray, keys: Sequence[rng.Key]) -> dict[str, np.ndarray]:
     """Return rows of tokens [N, L + 1] unchanged; nothing is drawn for them."""

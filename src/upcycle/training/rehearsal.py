@@ -25,7 +25,7 @@ from upcycle.errors import UpcycleError, cut
 from upcycle.hf import building, packing
 from upcycle.hf.even_dispatch import EvenDispatch
 from upcycle.nn import kernels
-from upcycle.tasks import Task
+from upcycle.tasks import POSITIONS, Task
 from upcycle.training import (
     beginning,
     effort,
@@ -220,7 +220,9 @@ def _not_stepped(run: Run, begun: Start, task: Task, here: Ranks) -> str | None:
     They run in bfloat16 with grouped products, because torch knows the shapes of those alone. As many tokens
     go to each rank that has experts.
     """
-    if task.name != "causal_lm":
+    count, length = run.train.rows // here.dp_size, run.train.sequence_length
+    shapes = task.shapes(count, length)
+    if shapes is None:
         return f"rows of {task.name} are known only with the data"
     train = replace(run.train, precision="bfloat16", experts_implementation=None, compile=False)
     if begun.built and begun.built.sites:
@@ -229,7 +231,6 @@ def _not_stepped(run: Run, begun: Start, task: Task, here: Ranks) -> str | None:
             return "experts of this width run one after another, and then shapes depend on values"
         train = replace(train, experts_implementation=experts)
     run = replace(run, train=train)
-    size = (run.train.rows // here.dp_size, run.train.sequence_length + 1)
     try:
         with fake_rank.without_data():
             model = start.model_of(_blank(begun, Asked()), run, here, "bfloat16")
@@ -245,14 +246,15 @@ def _not_stepped(run: Run, begun: Start, task: Task, here: Ranks) -> str | None:
                 precision="bfloat16",
                 anatomy=anatomy,
             )
-            rows = torch.zeros(size, dtype=torch.long, device=here.device)
-            batch = {"rows": rows, **({"positions": rows} if course.legs[0].run.data.isolate else {})}
+            if course.legs[0].run.data.isolate:
+                shapes |= {POSITIONS: (count, length + 1)}
+            batch = {n: torch.zeros(s, dtype=torch.long, device=here.device) for n, s in shapes.items()}
             if begun.teacher is not None and run.teacher is not None:
-                if (count := run.teacher.top_logits) is None:
+                if (kept := run.teacher.top_logits) is None:
                     model = _teacher(begun.teacher, here, "bfloat16", Asked())
                     trainee = replace(trainee, teacher=teacher.Beside(model=model))
                 else:
-                    shape = (size[0], size[1] - 1, count)
+                    shape = (count, length, kept)
                     batch[kept_logits.LOGS] = torch.zeros(shape, device=here.device)
                     batch[kept_logits.IDS] = torch.zeros(shape, dtype=torch.long, device=here.device)
                     trainee = replace(trainee, teacher=kept_logits.KeptLogits(segments=(), places={}))

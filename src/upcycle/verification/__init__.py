@@ -16,6 +16,7 @@ from upcycle.dense.twins import refuse_two_heads
 from upcycle.errors import UpcycleError
 from upcycle.recipe import Recipe
 from upcycle.records.provenance import Provenance
+from upcycle.system.needed import said_if_missing
 from upcycle.verification import coverage, generation, outputs, readers, side_by_side, stored
 from upcycle.verification.outputs import Shown
 from upcycle.verification.proof import Check as Check
@@ -24,6 +25,7 @@ from upcycle.verification.proof import Proof as Proof
 from upcycle.verification.proof import skipped, unfit
 
 
+@said_if_missing()
 def verify(
     source: str | Path,
     out: str | Path,
