@@ -512,6 +512,48 @@ def test_a_record_of_an_earlier_version_knows_no_config(table: Table, source: Pa
     assert export(out, tmp_path / "out").step == 3
 
 
+def split_by(labels: Path, order: int) -> dict[str, Any]:
+    """A recipe of `split` by a file, which deals neurons out in one order or the other."""
+    dealt = [number % 4 for number in range(48)][::order]
+    labels.write_text(json.dumps([dealt] * 4))
+    moe = {"num_experts": 4, "top_k": 2, "granularity": 4}
+    return {"moe": moe, "init": {"name": "split", "by": "file", "labels": str(labels)}}
+
+
+def test_a_changed_file_of_the_recipe_is_refused(table: Table, tmp_path: Path) -> None:
+    """With other labels the same source and the same run file make another model."""
+    labels, three = tmp_path / "labels.json", {"train": {"steps": 3}}
+    recipe = split_by(labels, 1)
+    out = begun(table, **recipe)
+    before = (out / "run.json").read_bytes()
+    split_by(labels, -1)
+    said = rf"init\.labels = {re.escape(str(labels))} changed since "
+    with pytest.raises(UpcycleError, match=rf"^{said}step 2 was saved; put the file back as it was"):
+        train(Run.of(table(**recipe, **three)), resume=True)
+    with pytest.raises(UpcycleError, match=rf"^{said}\S*run was trained from it; put the file back"):
+        export(out, tmp_path / "out")
+    assert (out / "run.json").read_bytes() == before
+    labels.write_text(json.dumps(json.loads(split_by(labels, 1) and labels.read_text()), indent=4))
+    assert train(Run.of(table(**recipe, **three)), resume=True).finished  # the same labels, written otherwise
+    assert export(out, tmp_path / "out").step == 3
+
+
+@pytest.mark.parametrize("there", ["0.0.9", upcycle.__version__])
+def test_a_version_that_plans_another_model_is_refused(there: str, table: Table, tmp_path: Path) -> None:
+    out = begun(table, **MOE)
+    record = json.loads((out / "run.json").read_text()) | {"blueprint_hash": "0", "upcycle_version": there}
+    whole_file.write_json(out / "run.json", record)
+    for _, checkpoint in saving.checkpoints(out):
+        state = replace(saving.read_state(checkpoint), blueprint_hash=None, recipe_sha256=None).sealed()
+        whole_file.write_json(checkpoint / "state.json", state.as_table())
+    with_it = f"upcycle {there} did" if there != upcycle.__version__ else "it did"
+    said = rf"upcycle {re.escape(upcycle.__version__)} makes another model of .* than {re.escape(with_it)}"
+    with pytest.raises(UpcycleError, match=said):
+        train(Run.of(table(**MOE, train={"steps": 3})), resume=True)
+    with pytest.raises(UpcycleError, match=said):
+        export(out, tmp_path / "out")
+
+
 def test_a_run_of_relative_paths_is_exported_from_anywhere(
     table: Table, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,16 +9,16 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from upcycle.checkpoints import carried
 from upcycle.checkpoints.checkpoint import Checkpoint, file_hash
 from upcycle.errors import UpcycleError, listed
 from upcycle.loading import attention_heads
-from upcycle.training import start
+from upcycle.training import recipe_files, start
 from upcycle.training.course import Course
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
@@ -28,7 +28,6 @@ T = TypeVar("T")
 Prints = Mapping[str, str]  # a digest of each thing, by its name for a user
 
 _SAMPLES, _SAMPLE = 64, 64  # tensors of a checkpoint that are looked into, and bytes of each
-_FILES = ("statistics", "labels")  # keys of a recipe
 _PATIENCE = 60.0  # seconds; a network file system may show a new file late
 
 
@@ -143,7 +142,7 @@ def _prints(run: Run, begun: Start) -> list[Prints]:
         out |= {f"{file} of the tokenizer {named or 'of the source'}": d for file, d in _of_tokenizer(folder)}
     if begun.built is None or run.recipe is None:
         return [out]
-    read = [f"{Path(path).name} of the recipe" for path in _files(run.recipe.as_table())]
+    read = [f"{path.name} of the recipe" for path in recipe_files.of(run.recipe).values()]
     return [out, {listed(read) or "blueprint of the model": begun.built.hash}]
 
 
@@ -151,15 +150,6 @@ def _of_tokenizer(folder: Path) -> list[tuple[str, str]]:
     """Return the names of the files of a tokenizer and their hashes; none if it is on the hub."""
     names = carried.of_tokenizer(carried.carriable(folder)) if folder.is_dir() else []
     return [(name, file_hash(folder / name)) for name in names if os.access(folder / name, os.R_OK)]
-
-
-def _files(table: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the files that a recipe reads besides checkpoints."""
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _files(value)
-        elif key in _FILES and value:
-            yield str(value)
 
 
 def _print(opened: Checkpoint, file: Path) -> str:
