@@ -31,6 +31,7 @@ from upcycle.training import (
     start,
     step,
     teacher,
+    together,
 )
 from upcycle.training import gradients as grads
 from upcycle.training.loop import train
@@ -353,7 +354,7 @@ def examined(table: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
 
 
 def does_first_alone(folder: str, refuses: int | None) -> str:
-    """What `agreement.first_alone` says of work that rank `refuses` cannot do."""
+    """What `together.first_alone` says of work that rank `refuses` cannot do."""
     seen = Path(folder) / "fetched"
 
     def work() -> None:
@@ -366,10 +367,22 @@ def does_first_alone(folder: str, refuses: int | None) -> str:
 
     with ranks(Parallel()) as here:
         try:
-            agreement.first_alone(work, here)
+            together.first_alone(work, here)
         except UpcycleError as error:
             return str(error)
     return ""
+
+
+def ends_alone() -> tuple[str, bool]:
+    """What a rank says when rank 1 ends where no other hears of it, and whether another rank says it."""
+    try:
+        with ranks(Parallel()) as here:
+            if rank() == 1:
+                raise UpcycleError("no")
+            here.barrier()
+    except UpcycleError as error:
+        return str(error), error.elsewhere
+    return "", False
 
 
 def refused_apart(cases: list[tuple[dict[str, Any], str]]) -> list[tuple[str, bool]]:

@@ -378,6 +378,55 @@ def test_ranks_that_see_different_data(trainable, tmp_path):
     assert [each[-1] for each in told] == [("", False)] * 2
 
 
+def test_a_rank_that_ends_alone_says_why_for_all():
+    assert gloo.run(2, "ranks:ends_alone", timeout=120) == [("no", True), ("no", False)]
+
+
+def test_what_one_rank_cannot_do_ends_all(trainable, tmp_path):
+    """The first rank alone makes a cache and writes the folder of a run, and a rank reads its own weights."""
+    source, text = trainable
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+    others, file = tmp_path / "others", tmp_path / "file"
+    others.mkdir()
+    (others / "notes").write_text("mine")
+    file.write_text("mine")
+    damaged = shutil.copytree(source, tmp_path / "damaged")
+    weights = damaged / "model.safetensors"
+    header = checkpoint.read_header(weights)
+    last = next(each for name, each in header.items() if name.endswith("q_proj.weight"))
+    raw = bytearray(weights.read_bytes())
+    end = last.offset + last.nbytes
+    raw[end - last.nbytes // last.shape[0] : end] = b"\xff" * (last.nbytes // last.shape[0])
+    weights.write_bytes(raw)
+    teacher = shutil.copytree(damaged, tmp_path / "teacher")
+    marked = {name: tmp_path / name for name in ("lines", "beside")}
+    for out in marked.values():
+        out.mkdir()
+        (out / ".upcycle-run").touch()
+    (marked["lines"] / "metrics.jsonl").mkdir()
+    (marked["beside"] / "beside").write_text("mine")
+    taught = {"source": str(source), "top_logits": 4}
+    wanted = [
+        (table(str(source), tmp_path / "1", text, teacher={**taught, "cache": str(others)}),
+         f"{others} holds something else than a teacher's logits"),
+        (table(str(source), tmp_path / "2", text, teacher={**taught, "cache": str(file)}),
+         f"{file} is a file; set teacher.cache to a folder"),
+        (table(str(source), tmp_path / "3", text, teacher={**taught, "cache": str(file / "below")}),
+         f"{file / 'below'}: a part of the path is a file"),
+        (table(str(damaged), tmp_path / "4", text), f"process 1 of 2: {last.name} in {weights} holds NaN"),
+        (table(str(source), tmp_path / "5", text, teacher={"source": str(teacher)}),
+         f"process 1 of 2: {last.name} in {teacher / weights.name} holds NaN"),
+        (table(str(source), marked["lines"], text), f"{marked['lines'] / 'metrics.jsonl'}."),
+        (table(str(source), marked["beside"], text), f"{marked['beside'] / 'beside'}"),
+    ]  # fmt: skip
+    wanted[-1][0]["data"]["tokenizer"] = str(source)
+    for made, _ in wanted:
+        made["train"] |= {"steps": 1, "eval_every": 0}
+    told = gloo.run(2, "ranks:refused_apart", [(made, str(tmp_path)) for made, _ in wanted], timeout=120)
+    said_by_one(told, [sentence for _, sentence in wanted])
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_ranks_that_see_different_files_of_a_recipe(llama, tmp_path, same):
     """The labels of `split` and statistics are in the hash of the blueprint, and it is compared."""

@@ -19,7 +19,6 @@ from upcycle.sharding.layout import Layout
 from upcycle.system import progress
 from upcycle.tasks import Task
 from upcycle.training import (
-    agreement,
     back,
     config_hashes,
     enter,
@@ -32,6 +31,7 @@ from upcycle.training import (
     saving,
     start,
     teacher,
+    together,
 )
 from upcycle.training.anatomy import Anatomy
 from upcycle.training.config_hashes import ConfigHashes
@@ -106,7 +106,7 @@ def ready(run: Run, begun: Start, task: Task, here: Ranks, checkpoint: Path | No
     fit.refuse_uneven_rows(run, here.dp_size)
     fit.refuse_broken_groups(run, begun.built, lengths, here.dp_size)
     with _sources_kept(begun, here, before) as hashes:
-        model = start.model_of(begun, run, here, precision)
+        model = together.by_each(lambda: start.model_of(begun, run, here, precision), here)
     routers = Routers.of(model)
     anatomy = enter.anatomy_of(course, begun, model, routers)
     if here.first and checkpoint is None:
@@ -142,7 +142,8 @@ def _first_state(
     """Return the state at step 0. If the run asks for it, the optimizer gets the moments of its source."""
     run = trainee.run
     if run.optimizer.carry_state:
-        stopped = moments.carry_state(trainee.start, run, trainee.ranks, trainee.model, trainee.optimizer)
+        given = (trainee.start, run, trainee.ranks, trainee.model, trainee.optimizer)
+        stopped = together.by_each(lambda: moments.carry_state(*given), trainee.ranks)
         if trainee.ranks.first and (wrong := run.schedule.continuing(stopped)) is not None:
             progress.warn(wrong)
     built = trainee.start.built
@@ -163,7 +164,7 @@ def _warn(run: Run, asked: Run, begun: Start, task: Task, here: Ranks, *, begins
     A run that has already trained so only gets a warning (`first_refusals`, `Task.objection`). `asked` is the
     run as the user wrote it.
     """
-    wrong = agreement.of_first(lambda: _wrong(run, asked, begun, task), here)  # this may list large folders
+    wrong = together.of_first(lambda: _wrong(run, asked, begun, task), here)  # this may list large folders
     if wrong and begins:
         raise UpcycleError(wrong[0])
     if here.first:
@@ -249,5 +250,8 @@ def _sources_kept(begun: Start, here: Ranks, before: RunState | None) -> Iterato
     files = [file for opened in begun.checkpoints for file in opened.files]
     stamped = stamps.stamps(files)
     yield hashes_of(begun.checkpoints, here)
-    if changed := [path for path in stamped if stamps.stamp(Path(path)) != stamped[path]]:
-        raise UpcycleError(f"{listed(changed)} changed while it was read; begin again")
+    changed = [path for path in stamped if stamps.stamp(Path(path)) != stamped[path]]
+    reason = f"{listed(changed)} changed while it was read; begin again" if changed else None
+    if reason is not None and here.world == 1:
+        raise UpcycleError(reason)
+    together.refuse_different(reason, (), here)

@@ -17,7 +17,7 @@ from upcycle.data.stamps import Stamp
 from upcycle.errors import UpcycleError
 from upcycle.system import progress
 from upcycle.tasks import Task
-from upcycle.training import agreement
+from upcycle.training import together
 from upcycle.training.course import Course, Leg
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
@@ -58,11 +58,11 @@ class Feeds:
             feeds = made({})
             return feeds.checked()
 
-        checked = agreement.of_first(of_first, here)
+        checked = together.of_first(of_first, here)
         if not here.first:
             with progress.reporting_to(progress.UNHEARD):  # the first one says it for all
-                feeds, reason = agreement.tried(lambda: made(checked), here.world)
-        agreement.refuse_different(reason, [feeds.prints() if feeds else {}], here)
+                feeds, reason = together.tried(lambda: made(checked), here.world)
+        together.refuse_different(reason, [feeds.prints() if feeds else {}], here)
         assert feeds is not None
         return feeds
 
