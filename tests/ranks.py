@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import huggingface_hub
 import torch
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -371,6 +372,17 @@ def does_first_alone(folder: str, refuses: int | None) -> str:
         except UpcycleError as error:
             return str(error)
     return ""
+
+
+def tokenizers_of_the_hub(table: dict[str, Any], caches: str) -> tuple[str, bool]:
+    """What a run says where each rank has a cache of the hub of its own, and whether another rank says it."""
+    with mock.patch.object(huggingface_hub.constants, "HF_HUB_CACHE", str(Path(caches) / str(rank()))):
+        try:
+            train(Run.of(table))
+        except UpcycleError as error:
+            dist.barrier()
+            return str(error), error.elsewhere
+    return "", False
 
 
 def ends_alone() -> tuple[str, bool]:

@@ -378,6 +378,37 @@ def test_ranks_that_see_different_data(trainable, tmp_path):
     assert [each[-1] for each in told] == [("", False)] * 2
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_ranks_that_see_different_tokenizers_of_the_hub(trainable, tmp_path, same):
+    """Caches of two nodes may have other revisions; which files they have besides does not count."""
+    source, text = trainable
+    for rank in ("0", "1"):
+        repository = tmp_path / "caches" / rank / "models--someone--words"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text(rank * 40)
+        snapshot = repository / "snapshots" / (rank * 40)
+        snapshot.mkdir(parents=True)
+        for file in source.glob("tokenizer*.json"):
+            shutil.copyfile(file, snapshot / file.name)
+        (snapshot / "config.json").write_text("{}")
+        if rank == "1":
+            (snapshot / "tokenizer.model").write_text("not read")
+        if rank == "1" and not same:
+            about = json.loads((snapshot / "tokenizer_config.json").read_text())
+            about |= {"mask_token": "</s>"}
+            (snapshot / "tokenizer_config.json").write_text(json.dumps(about))
+    made = table(str(source), tmp_path / "run", text)
+    made["data"]["tokenizer"] = "someone/words"
+    made["train"] |= {"steps": 1, "eval_every": 0}
+    told = gloo.run(2, "ranks:tokenizers_of_the_hub", made, str(tmp_path / "caches"), timeout=120)
+    if same:
+        assert told == [("", False)] * 2
+    else:
+        said_by_one(
+            [[each] for each in told], ["process 1 of 2 sees another tokenizer someone/words than process"]
+        )
+
+
 def test_a_rank_that_ends_alone_says_why_for_all():
     assert gloo.run(2, "ranks:ends_alone", timeout=120) == [("no", True), ("no", False)]
 

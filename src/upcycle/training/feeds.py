@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from upcycle.data.corpus import Data
+from upcycle.data.corpus import Data, digest_of_tokenizer
 from upcycle.data.feeding import Feed
 from upcycle.data.readings import Reading, Readings, fresh
 from upcycle.data.stamps import Stamp
@@ -43,6 +44,7 @@ class Feeds:
 
         The first rank prepares the files, and checks those that are there. The others wait, and check a file
         only if they do not see the one that it has checked. So each compares the hashes of what it reads.
+        Tokenizers of the hub are compared by now, because each rank has fetched them.
         """
         feeds: Feeds | None = None
         reason: str | None = None
@@ -62,7 +64,9 @@ class Feeds:
         if not here.first:
             with progress.reporting_to(progress.UNHEARD):  # the first one says it for all
                 feeds, reason = together.tried(lambda: made(checked), here.world)
-        together.refuse_different(reason, [feeds.prints() if feeds else {}], here)
+        together.refuse_different(reason, [], here)
+        words = together.by_each(lambda: _tokenizers(course, begun.subject.folder), here)
+        together.refuse_different(None, [words, feeds.prints() if feeds else {}], here)
         assert feeds is not None
         return feeds
 
@@ -96,3 +100,14 @@ class Feeds:
             )
         for feed, own in zip(self._feeds, states, strict=True):
             feed.restore(own)
+
+
+def _tokenizers(course: Course, source_folder: Path) -> dict[str, str]:
+    """Return the digests of tokenizers on the hub, by their names for a user; files in folders are compared
+    before (`agreement.py`)."""
+    named = {data.tokenizer: data for data in (leg.run.data for leg in course.legs)}
+    return {
+        f"tokenizer {name}": digest_of_tokenizer(data, source_folder)
+        for name, data in named.items()
+        if name is not None and not Path(name).is_dir()
+    }
