@@ -620,6 +620,68 @@ def test_the_folder_that_a_run_was_begun_in_comes_before_todays(
     assert json.loads(Path("run", "run.json").read_text())["begun_in"] == str(tmp_path / "again")
 
 
+def test_files_of_a_recipe_move_with_a_run(
+    table: Table, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe has the absolute paths of its files; relative ones move as that of the source does."""
+    home, moved = tmp_path / "home", tmp_path / "moved"
+    shutil.copytree(source, home / "dense")
+    shutil.copytree(source, home / "donor")
+    (home / "text.txt").write_text(WORDS * 40)
+    labels = split_by(home / "labels.json", 1)
+    labels["init"]["labels"] = "labels.json"
+    experts = {"name": "experts", "expert": [{}, {"source": "donor"}]}
+    donors = {"moe": {"num_experts": 2, "top_k": 2}, "init": experts}
+    data = {"sources": [{"path": "text.txt"}]}
+    runs = [
+        table(source="dense", out=f"run {i}", data=data, **each) for i, each in enumerate((labels, donors))
+    ]
+    monkeypatch.chdir(home)
+    for each in runs:
+        train(Run.of(each))
+    home.rename(moved)
+    monkeypatch.chdir(moved)
+    for number, each in enumerate(runs):
+        export(f"run {number}", tmp_path / f"before {number}")
+        longer = {**each, "train": {**each["train"], "steps": 3}}
+        assert upcycle.train(longer, resume=True).finished
+        assert export(f"run {number}", tmp_path / f"out {number}").step == 3
+    split_by(moved / "labels.json", -1)
+    with pytest.raises(
+        UpcycleError, match=r"^init\.labels = .*moved/labels\.json changed since step 3 was saved"
+    ):
+        upcycle.train({**runs[0], "train": {**runs[0]["train"], "steps": 4}}, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("init.labels", {}),
+        ("teacher.source", {"teacher": {"source": "teacher"}}),
+        ("data.tokenizer", {"data": {"tokenizer": "words"}}),
+    ],
+    ids=["labels", "teacher", "tokenizer"],
+)
+def test_every_path_of_a_run_counts_from_where_it_was_begun(
+    key: str, change: Table, table: Table, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, away = tmp_path / "home", tmp_path / "away"
+    away.mkdir()
+    for name in ("teacher", "words"):
+        shutil.copytree(source, home / name)
+    recipe = split_by(home / "labels.json", 1)
+    recipe["init"]["labels"] = "labels.json"
+    settings = table(out=str(home / "run"), **recipe, **change)
+    monkeypatch.chdir(home)
+    train(Run.of(settings))
+    monkeypatch.chdir(away)
+    path = {"init.labels": "labels.json", "teacher.source": "teacher", "data.tokenizer": "words"}[key]
+    if key != "init.labels":
+        settings["init"] = {**recipe["init"], "labels": str(home / "labels.json")}
+    with pytest.raises(UpcycleError, match=rf"^{path} is not here; .* was begun in {home}, from where"):
+        upcycle.train(settings, resume=True)
+
+
 # --- export
 
 

@@ -129,7 +129,7 @@ def _place(out: Path) -> Path:
 
 def _origin(record: RunRecord, run_folder: Path, written: Sequence[Path], *, with_optimizer: bool) -> _Origin:
     """Open what a run started from; raise `UpcycleError` if it changed, or lies in or around `written`."""
-    run = Run.of(record.run)
+    run = Run.of(begun_in.recipe_found(record.run, record.begun_in))
     if with_optimizer and not run.optimizer.moments:
         raise UpcycleError(
             f"{run_folder} was trained with optimizer.name = {run.optimizer.name}, whose state "

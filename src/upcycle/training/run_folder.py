@@ -19,7 +19,7 @@ from upcycle.records.reader import load
 from upcycle.records.run import RunRecord, known_in
 from upcycle.records.state import PRECISIONS, RunState
 from upcycle.system import claim, lock, whole_file
-from upcycle.training import agreement, beside, fit, metrics, saving, together
+from upcycle.training import agreement, begun_in, beside, fit, metrics, saving, together
 from upcycle.training.course import Course
 from upcycle.training.identity import identity_of, of_any_length
 from upcycle.training.parallel import Ranks
@@ -151,6 +151,8 @@ def _refuse_other(run: Run, out: Path, checkpoint: Path | None) -> None:
     mine = _plain(_settled_as(run, theirs).identity())
     if _differences(of_any_length(theirs), of_any_length(mine)):
         theirs = _as_read_today(theirs)
+    if isinstance(theirs, dict) and _differences(of_any_length(theirs), of_any_length(mine)):
+        theirs = begun_in.moved(theirs, known_in(out), out)
     _refuse_other_length(run, where, theirs, mine, done)
     if different := _differences(of_any_length(theirs), of_any_length(mine)):
         raise UpcycleError(
