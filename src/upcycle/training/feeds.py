@@ -65,7 +65,7 @@ class Feeds:
             with progress.reporting_to(progress.UNHEARD):  # the first one says it for all
                 feeds, reason = together.tried(lambda: made(checked), here.world)
         together.refuse_different(reason, [], here)
-        words = together.by_each(lambda: _tokenizers(course, begun.subject.folder), here)
+        words = together.by_each(lambda: _tokenizers(course), here)
         together.refuse_different(None, [words, feeds.prints() if feeds else {}], here)
         assert feeds is not None
         return feeds
@@ -102,12 +102,12 @@ class Feeds:
             feed.restore(own)
 
 
-def _tokenizers(course: Course, source_folder: Path) -> dict[str, str]:
+def _tokenizers(course: Course) -> dict[str, str]:
     """Return the digests of tokenizers on the hub, by their names for a user; files in folders are compared
     before (`agreement.py`)."""
-    named = {data.tokenizer: data for data in (leg.run.data for leg in course.legs)}
+    named = {leg.run.data.tokenizer for leg in course.legs}
     return {
-        f"tokenizer {name}": digest_of_tokenizer(data, source_folder)
-        for name, data in named.items()
+        f"tokenizer {name}": digest_of_tokenizer(name)
+        for name in named
         if name is not None and not Path(name).is_dir()
     }
