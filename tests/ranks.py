@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import huggingface_hub
 import torch
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -31,6 +32,7 @@ from upcycle.training import (
     start,
     step,
     teacher,
+    together,
 )
 from upcycle.training import gradients as grads
 from upcycle.training.loop import train
@@ -353,7 +355,7 @@ def examined(table: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
 
 
 def does_first_alone(folder: str, refuses: int | None) -> str:
-    """What `agreement.first_alone` says of work that rank `refuses` cannot do."""
+    """What `together.first_alone` says of work that rank `refuses` cannot do."""
     seen = Path(folder) / "fetched"
 
     def work() -> None:
@@ -366,10 +368,33 @@ def does_first_alone(folder: str, refuses: int | None) -> str:
 
     with ranks(Parallel()) as here:
         try:
-            agreement.first_alone(work, here)
+            together.first_alone(work, here)
         except UpcycleError as error:
             return str(error)
     return ""
+
+
+def tokenizers_of_the_hub(table: dict[str, Any], caches: str) -> tuple[str, bool]:
+    """What a run says where each rank has a cache of the hub of its own, and whether another rank says it."""
+    with mock.patch.object(huggingface_hub.constants, "HF_HUB_CACHE", str(Path(caches) / str(rank()))):
+        try:
+            train(Run.of(table))
+        except UpcycleError as error:
+            dist.barrier()
+            return str(error), error.elsewhere
+    return "", False
+
+
+def ends_alone() -> tuple[str, bool]:
+    """What a rank says when rank 1 ends where no other hears of it, and whether another rank says it."""
+    try:
+        with ranks(Parallel()) as here:
+            if rank() == 1:
+                raise UpcycleError("no")
+            here.barrier()
+    except UpcycleError as error:
+        return str(error), error.elsewhere
+    return "", False
 
 
 def refused_apart(cases: list[tuple[dict[str, Any], str]]) -> list[tuple[str, bool]]:

@@ -184,6 +184,28 @@ def step(
     return Step(parts.pop("Total"), parts, traffic.counted, tuple(traffic.waits))
 
 
+def update_peak(built: Blueprint, layout: Layout, settings: Optimizer) -> int:
+    """Return the most bytes alive in an update beside weights, gradients and the optimizer's state."""
+    with distributed(built, layout, "mixed") as model:
+        made = optimizer.make(model, settings)
+        optimizer.skip_if(made, torch.zeros(()))
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        made.step()  # which makes what is kept
+        kept = [t for state in made.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        memory = Peak()
+        memory.track_external(model, *kept, *(p.grad for p in model.parameters()))
+        before = _total(memory, "current")
+        with memory:
+            made.step()
+    return _total(memory, "peak") - before
+
+
+def _total(memory: Peak, when: Literal["current", "peak"]) -> int:
+    found = memory.get_tracker_snapshot(when)[torch.device("cpu")]
+    return next(size for kind, size in found.items() if getattr(kind, "value", kind) == "Total")
+
+
 def update(built: Blueprint, layout: Layout, settings: Optimizer) -> dict[tuple[str, int], tuple[int, int]]:
     """Return the collectives of an update of an optimizer: times and bytes, by kind and number of ranks."""
     with distributed(built, layout, "mixed") as model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -88,6 +89,22 @@ def test_an_update_with_collectives_of_its_own_is_said_to_be_left_out(name, layo
     settings = optimizers.find(name)()
     sent = simulated.update(blueprint(sources[False], Recipe.of(moe=NATIVE)), layout, settings)
     assert bool(sent) == (settings.not_foretold is not None)
+
+
+@pytest.mark.parametrize("layout", [Layout(fsdp=8), Layout(fsdp=2, ep=2)], ids=str)
+@pytest.mark.parametrize("name", ["adafactor", "adamw", "adamw_8bit", "muon", "sgd"])
+def test_what_an_update_works_with_is_what_torch_tracks(name, layout, sources):
+    """No less, and no more than a fifth beside: products of Muon go by the shape of a matrix."""
+    if name == "adamw_8bit":
+        pytest.importorskip("torchao", reason="torchao is not installed")
+    settings, built = optimizers.find(name)(), blueprint(sources[False], Recipe.of(moe=NATIVE))
+    found = simulated.update_peak(built, layout, settings)
+    setting = Setting(
+        built=built, layout=layout, lengths={"layers": LENGTH}, rows=ROWS,
+        update=functools.partial(settings.update_bytes, width=4),
+    )  # fmt: skip
+    assert 0.995 * found <= memory.update(setting) <= 1.2 * found
+    assert (found == 0) == (name in ("adamw", "sgd"))
 
 
 @pytest.mark.parametrize("number", range(len(STEPS)))

@@ -379,6 +379,86 @@ def test_ranks_that_see_different_data(trainable, tmp_path):
 
 
 @pytest.mark.parametrize("same", [True, False])
+def test_ranks_that_see_different_tokenizers_of_the_hub(trainable, tmp_path, same):
+    """Caches of two nodes may have other revisions; which files they have besides does not count."""
+    source, text = trainable
+    for rank in ("0", "1"):
+        repository = tmp_path / "caches" / rank / "models--someone--words"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text(rank * 40)
+        snapshot = repository / "snapshots" / (rank * 40)
+        snapshot.mkdir(parents=True)
+        for file in source.glob("tokenizer*.json"):
+            shutil.copyfile(file, snapshot / file.name)
+        (snapshot / "config.json").write_text("{}")
+        if rank == "1":
+            (snapshot / "tokenizer.model").write_text("not read")
+        if rank == "1" and not same:
+            about = json.loads((snapshot / "tokenizer_config.json").read_text())
+            about |= {"mask_token": "</s>"}
+            (snapshot / "tokenizer_config.json").write_text(json.dumps(about))
+    made = table(str(source), tmp_path / "run", text)
+    made["data"]["tokenizer"] = "someone/words"
+    made["train"] |= {"steps": 1, "eval_every": 0}
+    told = gloo.run(2, "ranks:tokenizers_of_the_hub", made, str(tmp_path / "caches"), timeout=120)
+    if same:
+        assert told == [("", False)] * 2
+    else:
+        said_by_one(
+            [[each] for each in told], ["process 1 of 2 sees another tokenizer someone/words than process"]
+        )
+
+
+def test_a_rank_that_ends_alone_says_why_for_all():
+    assert gloo.run(2, "ranks:ends_alone", timeout=120) == [("no", True), ("no", False)]
+
+
+def test_what_one_rank_cannot_do_ends_all(trainable, tmp_path):
+    """The first rank alone makes a cache and writes the folder of a run, and a rank reads its own weights."""
+    source, text = trainable
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+    others, file = tmp_path / "others", tmp_path / "file"
+    others.mkdir()
+    (others / "notes").write_text("mine")
+    file.write_text("mine")
+    damaged = shutil.copytree(source, tmp_path / "damaged")
+    weights = damaged / "model.safetensors"
+    header = checkpoint.read_header(weights)
+    last = next(each for name, each in header.items() if name.endswith("q_proj.weight"))
+    raw = bytearray(weights.read_bytes())
+    end = last.offset + last.nbytes
+    raw[end - last.nbytes // last.shape[0] : end] = b"\xff" * (last.nbytes // last.shape[0])
+    weights.write_bytes(raw)
+    teacher = shutil.copytree(damaged, tmp_path / "teacher")
+    marked = {name: tmp_path / name for name in ("lines", "beside")}
+    for out in marked.values():
+        out.mkdir()
+        (out / ".upcycle-run").touch()
+    (marked["lines"] / "metrics.jsonl").mkdir()
+    (marked["beside"] / "beside").write_text("mine")
+    taught = {"source": str(source), "top_logits": 4}
+    wanted = [
+        (table(str(source), tmp_path / "1", text, teacher={**taught, "cache": str(others)}),
+         f"{others} holds something else than a teacher's logits"),
+        (table(str(source), tmp_path / "2", text, teacher={**taught, "cache": str(file)}),
+         f"{file} is a file; set teacher.cache to a folder"),
+        (table(str(source), tmp_path / "3", text, teacher={**taught, "cache": str(file / "below")}),
+         f"{file / 'below'}: a part of the path is a file"),
+        (table(str(damaged), tmp_path / "4", text), f"process 1 of 2: {last.name} in {weights} holds NaN"),
+        (table(str(source), tmp_path / "5", text, teacher={"source": str(teacher)}),
+         f"process 1 of 2: {last.name} in {teacher / weights.name} holds NaN"),
+        (table(str(source), marked["lines"], text), f"{marked['lines'] / 'metrics.jsonl'}."),
+        (table(str(source), marked["beside"], text), f"{marked['beside'] / 'beside'}"),
+    ]  # fmt: skip
+    wanted[-1][0]["data"]["tokenizer"] = str(source)
+    for made, _ in wanted:
+        made["train"] |= {"steps": 1, "eval_every": 0}
+    told = gloo.run(2, "ranks:refused_apart", [(made, str(tmp_path)) for made, _ in wanted], timeout=120)
+    said_by_one(told, [sentence for _, sentence in wanted])
+
+
+@pytest.mark.parametrize("same", [True, False])
 def test_ranks_that_see_different_files_of_a_recipe(llama, tmp_path, same):
     """The labels of `split` and statistics are in the hash of the blueprint, and it is compared."""
     width = json.loads((Path(llama) / "config.json").read_text())["intermediate_size"]

@@ -284,9 +284,9 @@ def test_a_checkpoint_of_somebody_else_is_not_written_over(table: Table, capsys)
         (out / "checkpoints" / name).write_text("{}")
     kept = {"checkpoint": {"keep": 1}}
     assert train(Run.of(table(train={"steps": 5}, **kept)), resume=True).finished
-    said = " ".join(capsys.readouterr().err.split())
-    assert "step 3 could not be saved (" in said
-    assert "step-4.partial is in the way, and it was not left by upcycle; move it away" in said
+    said = "".join(capsys.readouterr().err.split())  # a line may end within a path
+    assert "step3couldnotbesaved(" in said
+    assert "step-4.partialisintheway,anditwasnotleftbyupcycle;moveitaway" in said
     there = sorted(name for name in content(out / "checkpoints") if not name.startswith("step-5/"))
     assert there == theirs
     (out / "checkpoints" / "step-6").mkdir()
@@ -512,6 +512,48 @@ def test_a_record_of_an_earlier_version_knows_no_config(table: Table, source: Pa
     assert export(out, tmp_path / "out").step == 3
 
 
+def split_by(labels: Path, order: int) -> dict[str, Any]:
+    """A recipe of `split` by a file, which deals neurons out in one order or the other."""
+    dealt = [number % 4 for number in range(48)][::order]
+    labels.write_text(json.dumps([dealt] * 4))
+    moe = {"num_experts": 4, "top_k": 2, "granularity": 4}
+    return {"moe": moe, "init": {"name": "split", "by": "file", "labels": str(labels)}}
+
+
+def test_a_changed_file_of_the_recipe_is_refused(table: Table, tmp_path: Path) -> None:
+    """With other labels the same source and the same run file make another model."""
+    labels, three = tmp_path / "labels.json", {"train": {"steps": 3}}
+    recipe = split_by(labels, 1)
+    out = begun(table, **recipe)
+    before = (out / "run.json").read_bytes()
+    split_by(labels, -1)
+    said = rf"init\.labels = {re.escape(str(labels))} changed since "
+    with pytest.raises(UpcycleError, match=rf"^{said}step 2 was saved; put the file back as it was"):
+        train(Run.of(table(**recipe, **three)), resume=True)
+    with pytest.raises(UpcycleError, match=rf"^{said}\S*run was trained from it; put the file back"):
+        export(out, tmp_path / "out")
+    assert (out / "run.json").read_bytes() == before
+    labels.write_text(json.dumps(json.loads(split_by(labels, 1) and labels.read_text()), indent=4))
+    assert train(Run.of(table(**recipe, **three)), resume=True).finished  # the same labels, written otherwise
+    assert export(out, tmp_path / "out").step == 3
+
+
+@pytest.mark.parametrize("there", ["0.0.9", upcycle.__version__])
+def test_a_version_that_plans_another_model_is_refused(there: str, table: Table, tmp_path: Path) -> None:
+    out = begun(table, **MOE)
+    record = json.loads((out / "run.json").read_text()) | {"blueprint_hash": "0", "upcycle_version": there}
+    whole_file.write_json(out / "run.json", record)
+    for _, checkpoint in saving.checkpoints(out):
+        state = replace(saving.read_state(checkpoint), blueprint_hash=None, recipe_sha256=None).sealed()
+        whole_file.write_json(checkpoint / "state.json", state.as_table())
+    with_it = f"upcycle {there} did" if there != upcycle.__version__ else "it did"
+    said = rf"upcycle {re.escape(upcycle.__version__)} makes another model of .* than {re.escape(with_it)}"
+    with pytest.raises(UpcycleError, match=said):
+        train(Run.of(table(**MOE, train={"steps": 3})), resume=True)
+    with pytest.raises(UpcycleError, match=said):
+        export(out, tmp_path / "out")
+
+
 def test_a_run_of_relative_paths_is_exported_from_anywhere(
     table: Table, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -578,6 +620,68 @@ def test_the_folder_that_a_run_was_begun_in_comes_before_todays(
     assert json.loads(Path("run", "run.json").read_text())["begun_in"] == str(tmp_path / "again")
 
 
+def test_files_of_a_recipe_move_with_a_run(
+    table: Table, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe has the absolute paths of its files; relative ones move as that of the source does."""
+    home, moved = tmp_path / "home", tmp_path / "moved"
+    shutil.copytree(source, home / "dense")
+    shutil.copytree(source, home / "donor")
+    (home / "text.txt").write_text(WORDS * 40)
+    labels = split_by(home / "labels.json", 1)
+    labels["init"]["labels"] = "labels.json"
+    experts = {"name": "experts", "expert": [{}, {"source": "donor"}]}
+    donors = {"moe": {"num_experts": 2, "top_k": 2}, "init": experts}
+    data = {"sources": [{"path": "text.txt"}]}
+    runs = [
+        table(source="dense", out=f"run {i}", data=data, **each) for i, each in enumerate((labels, donors))
+    ]
+    monkeypatch.chdir(home)
+    for each in runs:
+        train(Run.of(each))
+    home.rename(moved)
+    monkeypatch.chdir(moved)
+    for number, each in enumerate(runs):
+        export(f"run {number}", tmp_path / f"before {number}")
+        longer = {**each, "train": {**each["train"], "steps": 3}}
+        assert upcycle.train(longer, resume=True).finished
+        assert export(f"run {number}", tmp_path / f"out {number}").step == 3
+    split_by(moved / "labels.json", -1)
+    with pytest.raises(
+        UpcycleError, match=r"^init\.labels = .*moved/labels\.json changed since step 3 was saved"
+    ):
+        upcycle.train({**runs[0], "train": {**runs[0]["train"], "steps": 4}}, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("init.labels", {}),
+        ("teacher.source", {"teacher": {"source": "teacher"}}),
+        ("data.tokenizer", {"data": {"tokenizer": "words"}}),
+    ],
+    ids=["labels", "teacher", "tokenizer"],
+)
+def test_every_path_of_a_run_counts_from_where_it_was_begun(
+    key: str, change: Table, table: Table, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, away = tmp_path / "home", tmp_path / "away"
+    away.mkdir()
+    for name in ("teacher", "words"):
+        shutil.copytree(source, home / name)
+    recipe = split_by(home / "labels.json", 1)
+    recipe["init"]["labels"] = "labels.json"
+    settings = table(out=str(home / "run"), **recipe, **change)
+    monkeypatch.chdir(home)
+    train(Run.of(settings))
+    monkeypatch.chdir(away)
+    path = {"init.labels": "labels.json", "teacher.source": "teacher", "data.tokenizer": "words"}[key]
+    if key != "init.labels":
+        settings["init"] = {**recipe["init"], "labels": str(home / "labels.json")}
+    with pytest.raises(UpcycleError, match=rf"^{path} is not here; .* was begun in {home}, from where"):
+        upcycle.train(settings, resume=True)
+
+
 # --- export
 
 
@@ -588,6 +692,46 @@ def test_export_deletes_no_folder_of_another(table: Table, tmp_path: Path) -> No
     with pytest.raises(UpcycleError, match=r"x\.partial is in the way"):
         export(out, tmp_path / "x")
     assert content(tmp_path / "x.partial") == {"notes": b"keep"}
+
+
+def test_an_export_is_on_disk_before_it_has_its_name(
+    table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a loss of power a folder of that name is a whole model."""
+    synced: set[int] = set()
+    sync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    export(begun(table, **MOE), tmp_path / "out")
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert "model.safetensors" in {path.name for path in files}
+    assert {path.stat().st_ino for path in [*files, tmp_path / "out", tmp_path]} <= synced
+
+
+def test_a_kill_while_an_old_checkpoint_is_removed_leaves_none_that_looks_whole(
+    table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = begun(table)
+    remove = shutil.rmtree
+
+    def killed(path: Path, **options: Any) -> None:
+        if not str(path).startswith(str(out / "checkpoints" / "step-1")) or not path.exists():
+            return remove(path, **options)
+        (path / ".metadata").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    three = table(train={"steps": 3}, checkpoint={"keep": 2})
+    with pytest.raises(KeyboardInterrupt):
+        train(Run.of(three), resume=True)
+    assert [step for step, _ in saving.checkpoints(out)] == [2, 3]
+    monkeypatch.undo()
+    train(Run.of({**three, "train": {**three["train"], "steps": 4}}), resume=True)
+    assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step-3", "step-4"]
 
 
 def test_export_writes_what_the_umask_says(table: Table, tmp_path: Path) -> None:

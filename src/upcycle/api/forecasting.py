@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +98,7 @@ def foretell_run(run: Run, *, world: int, gpu: str = "H100") -> Outlook:
         precision=precision,
         recompute=train.activation_checkpointing,
         state=(run.optimizer.state_bytes(width), run.optimizer.state_bytes(width, outside=True)),
+        update=functools.partial(run.optimizer.update_bytes, width=width),
         teacher=admit(peek(beside.source, label="teacher"), drop=beside.drop) if beside else None,
     )
     legs = [_of_leg(setting, leg) for leg in Course(run).legs]
@@ -107,8 +109,8 @@ def foretell_run(run: Run, *, world: int, gpu: str = "H100") -> Outlook:
     if (left_out := run.optimizer.not_foretold) is None:
         return found
     said = (
-        f"not counted: in each update optimizer.name = {run.optimizer.name} {left_out}, which takes memory, "
-        f"traffic and time"
+        f"not counted: in each update optimizer.name = {run.optimizer.name} {left_out}, which takes traffic, "
+        f"time, and memory of what is exchanged"
     )
     return replace(found, notes=(*found.notes, said))
 

@@ -7,7 +7,6 @@ all is on disk, and its config gets its name last. So nothing unfinished opens a
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 import threading
 import zlib
@@ -278,10 +277,7 @@ def _finish(
         built, hashes, out, carried=names, left_behind=left, files=files, made_anew=made_anew
     )
     whole_file.write_json(partial / Provenance.FILE, made.as_table())
-    for path in _all_files(partial):
-        with path.open("rb") as handle:
-            os.fsync(handle.fileno())
-    whole_file.sync_folder(partial)
+    whole_file.sync_all(partial)
     partial.rename(out)
     _commit(built, out)
 

@@ -127,6 +127,15 @@ def tokenizer(data: Data, source_folder: Path) -> Any:
     return read_tokenizer(data.tokenizer or source_folder)
 
 
+def digest_of_tokenizer(where: str | Path) -> str:
+    """Return the SHA-256 of what a tokenizer does, whichever files say it."""
+    words = read_tokenizer(where)
+    backend = words.backend_tokenizer.to_str() if words.is_fast else sorted(words.get_vocab().items())
+    special = {name: str(token) for name, token in words.special_tokens_map.items()}
+    text = json.dumps([backend, special, words.chat_template], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def read_tokenizer(where: str | Path) -> Any:
     """Return the tokenizer in a folder. Raises `UpcycleError` if there is none."""
     from transformers import AutoTokenizer

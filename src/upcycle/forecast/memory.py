@@ -4,8 +4,8 @@ A step is walked through as FSDP2 does it (torch 2.13, `torch/distributed/fsdp/_
 group it fills one buffer, copies it to a tensor for each parameter, by way of another copy for those that are
 not cut along their first axis, and frees the buffer. In the backward pass the group before is gathered while
 this one computes, and the last gradients stay in float32 until the next ones are ready to be reduced. What an
-allocator loses to fragments, and the CUDA context, are not counted. The update is that of a fused optimizer,
-which needs no memory of its own.
+allocator loses to fragments, and the CUDA context, are not counted. The update of a fused optimizer needs no
+memory of its own; the others say what they work with (`Optimizer.update_bytes`).
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Memory:
     logits: float = 0.0
     teacher: float = 0.0  # weights of the model that is learned from
     masks: float = 0.0  # that keep documents apart
+    update: float = 0.0  # what the optimizer works with
 
     @property
     def total(self) -> float:
@@ -77,6 +78,18 @@ def taught(setting: Setting) -> int:
     if setting.teacher is None:
         return 0
     return setting.width * sum(t.size for t in setting.teacher.tensors.values()) // setting.layout.replica
+
+
+def update(setting: Setting) -> float:
+    """Return the bytes that an update holds beside weights, gradients and moments."""
+    if setting.update is None:
+        return 0.0
+    inside: list[int] = []
+    outside: list[int] = []
+    for group in setting.groups:
+        sizes = [elements(part(p, setting.layout, 0)) for p in group.trained(setting.trained).parameters]
+        (outside if group.block is None else inside).extend(sizes)
+    return setting.update(inside, outside)
 
 
 def masks(setting: Setting, blocks: int) -> float:
@@ -299,7 +312,9 @@ class _Walk:
                 yield self._memory(
                     f"{name} of {group.name}", gradients=self._gradients(0), reduced=reduced,
                 )  # fmt: skip
-        yield self._memory("the update", gradients=float(held(self.setting).gradients))
+        yield self._memory(
+            "the update", gradients=float(held(self.setting).gradients), update=update(self.setting)
+        )
 
     # --- parts of them
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -36,6 +36,9 @@ class Setting:
     recompute: Recompute = False  # train.activation_checkpointing
     # bytes that the optimizer keeps for each weight inside the blocks and outside them; None: two moments
     state: tuple[float, float] | None = None
+    # the most bytes that an update holds beside all that, by the sizes of a rank's parameters inside the
+    # blocks and outside them; None: none
+    update: Callable[[Sequence[int], Sequence[int]], float] | None = None
     trained: frozenset[str] | None = None  # the parameters in memory that have gradients; None: all
     effort: float = 3  # forward passes that a step is worth, in arithmetic, without a teacher
     teacher: Dense | None = None  # a model that runs beside the steps, without gradients

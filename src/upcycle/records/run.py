@@ -66,6 +66,7 @@ class RunRecord(Document):
     identity: Table  # settings that a resumed run must share with this one
     source_sha256: Mapping[str, Mapping[str, str]] | None = sometimes()  # keyed by checkpoint and file
     config_sha256: Mapping[str, Mapping[str, str]] | None = sometimes()  # keyed by checkpoint and key
+    recipe_sha256: Mapping[str, str] | None = sometimes()  # of the recipe's files, keyed by key
 
     def __post_init__(self) -> None:
         for name in ("tokens_per_row", "training_flops_per_row", "parameters", "active_parameters"):

@@ -28,6 +28,8 @@ class RunState(Document):
     format: int = sometimes(Document.FORMAT)
     source_sha256: Mapping[str, Mapping[str, str]] | None = sometimes()  # keyed by checkpoint and file
     config_sha256: Mapping[str, Mapping[str, str]] | None = sometimes()  # keyed by checkpoint and key
+    blueprint_hash: str | None = sometimes()  # of the model that the run began with, if it has a recipe
+    recipe_sha256: Mapping[str, str] | None = sometimes()  # of the recipe's files, keyed by key
     step: int
     held_out_loss: float | None = sometimes()
     held_out_start: float | None = sometimes()

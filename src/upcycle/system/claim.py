@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from upcycle.errors import UpcycleError
+from upcycle.system import whole_file
 
 MARKER = ".upcycle-partial"
 """The marker of a folder whose work leaves no other sign, such as a journal."""
@@ -105,10 +106,15 @@ def begin(folder: Path, marker: str = MARKER) -> None:
 
 
 def finish(folder: Path, out: Path, marker: str = MARKER) -> None:
-    """Rename the finished folder to `out`, without the marker; `out` must not exist."""
+    """Rename the finished folder to `out`, without the marker; `out` must not exist.
+
+    All of it is on disk by then, so that a loss of power leaves no half of it under that name.
+    """
     may_create(out)
+    whole_file.sync_all(folder)
     folder.rename(out)
     (out / marker).unlink(missing_ok=True)
+    whole_file.sync_folder(resolved(out).parent)
 
 
 def discard(folder: Path, marker: str = MARKER) -> None:

@@ -88,6 +88,17 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def sync_all(folder: Path) -> None:
+    """Sync every file in `folder` and below it to disk, and their names."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as handle:
+                os.fsync(handle.fileno())
+        elif path.is_dir():
+            sync_folder(path)
+    sync_folder(folder)
+
+
 def sync_folder(folder: Path) -> None:
     """Sync `folder` to disk, so that names added or removed in it survive a loss of power."""
     descriptor = os.open(folder, os.O_RDONLY)

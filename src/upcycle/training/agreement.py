@@ -9,26 +9,22 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
 
 from upcycle.checkpoints import carried
 from upcycle.checkpoints.checkpoint import Checkpoint, file_hash
 from upcycle.errors import UpcycleError, listed
 from upcycle.loading import attention_heads
-from upcycle.training import start
+from upcycle.training import recipe_files, start, together
 from upcycle.training.course import Course
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
 from upcycle.training.start import Start
-
-T = TypeVar("T")
-Prints = Mapping[str, str]  # a digest of each thing, by its name for a user
+from upcycle.training.together import Prints
 
 _SAMPLES, _SAMPLE = 64, 64  # tensors of a checkpoint that are looked into, and bytes of each
-_FILES = ("statistics", "labels")  # keys of a recipe
 _PATIENCE = 60.0  # seconds; a network file system may show a new file late
 
 
@@ -55,7 +51,7 @@ class StartHere:
 
 def start_here(run: Run, world: int) -> StartHere:
     """Return what this rank finds. Raises `UpcycleError` in a world of one, where there is nobody to ask."""
-    begun, reason = tried(lambda: start.start_of(run), world)
+    begun, reason = together.tried(lambda: start.start_of(run), world)
     return StartHere(
         begun=begun, reason=reason, prints=_prints(run, begun) if begun is not None and world > 1 else ()
     )
@@ -63,59 +59,9 @@ def start_here(run: Run, world: int) -> StartHere:
 
 def agreed(mine: StartHere, ranks: Ranks) -> Start:
     """Return the start that every rank has found; raise the same `UpcycleError` on all if one has not."""
-    refuse_different(mine.reason, mine.prints, ranks)
+    together.refuse_different(mine.reason, mine.prints, ranks)
     assert mine.begun is not None
     return mine.begun
-
-
-def tried(find: Callable[[], T], world: int) -> tuple[T | None, str | None]:
-    """Return what is found, and the reason if nothing is, for all ranks to hear.
-
-    Raises `UpcycleError` in a world of one, where there is nobody to tell.
-    """
-    try:
-        return find(), None
-    except UpcycleError as error:
-        if world == 1:
-            raise
-        return None, str(error)
-
-
-def of_first(find: Callable[[], T], ranks: Ranks) -> T:
-    """Return what the first rank finds; raise the same `UpcycleError` on all if it finds nothing."""
-    found, reason = ranks.share(tried(find, ranks.world) if ranks.first else None)
-    if reason is not None:
-        raise UpcycleError(reason)
-    return cast(T, found)
-
-
-def first_alone(work: Callable[[], None], ranks: Ranks) -> None:
-    """Do `work` on the first rank, and then on the others, which may find there what it has fetched.
-
-    Raises the same `UpcycleError` on all ranks if one of them does.
-    """
-    of_first(work, ranks)
-    reason = None if ranks.first else tried(work, ranks.world)[1]
-    refuse_different(reason, (), ranks)
-
-
-def refuse_different(reason: str | None, prints: Sequence[Prints], ranks: Ranks) -> None:
-    """Raise the same `UpcycleError` on all ranks if one has a reason, or sees other things than the first.
-
-    `prints` are in order: what is in a later one depends on the earlier ones, and is to blame only if these
-    are alike.
-    """
-    told = ranks.gathered((reason, prints))
-    for rank, (why, found) in enumerate(told):
-        if why is not None:
-            alike = all(other == why for other, _ in told)
-            raise UpcycleError(why if alike else f"process {rank} of {ranks.world}: {why}")
-        for mine, first in zip(found, told[0][1], strict=True):
-            if different := sorted(n for n in {*mine, *first} if mine.get(n) != first.get(n)):
-                raise UpcycleError(
-                    f"process {rank} of {ranks.world} sees another {listed(different)} than process 0; give "
-                    f"every node the same files, by a shared file system or by copies of one download"
-                )
 
 
 def refuse_unseen(out: Path, file: str, ranks: Ranks) -> None:
@@ -143,7 +89,7 @@ def _prints(run: Run, begun: Start) -> list[Prints]:
         out |= {f"{file} of the tokenizer {named or 'of the source'}": d for file, d in _of_tokenizer(folder)}
     if begun.built is None or run.recipe is None:
         return [out]
-    read = [f"{Path(path).name} of the recipe" for path in _files(run.recipe.as_table())]
+    read = [f"{path.name} of the recipe" for path in recipe_files.of(run.recipe).values()]
     return [out, {listed(read) or "blueprint of the model": begun.built.hash}]
 
 
@@ -151,15 +97,6 @@ def _of_tokenizer(folder: Path) -> list[tuple[str, str]]:
     """Return the names of the files of a tokenizer and their hashes; none if it is on the hub."""
     names = carried.of_tokenizer(carried.carriable(folder)) if folder.is_dir() else []
     return [(name, file_hash(folder / name)) for name in names if os.access(folder / name, os.R_OK)]
-
-
-def _files(table: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the files that a recipe reads besides checkpoints."""
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _files(value)
-        elif key in _FILES and value:
-            yield str(value)
 
 
 def _print(opened: Checkpoint, file: Path) -> str:

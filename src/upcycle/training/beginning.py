@@ -13,12 +13,12 @@ from upcycle.data import leaks, stamps
 from upcycle.dense import twins
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError, listed
+from upcycle.records.run import known_in
 from upcycle.records.state import RunState
 from upcycle.sharding.layout import Layout
 from upcycle.system import progress
 from upcycle.tasks import Task
 from upcycle.training import (
-    agreement,
     back,
     config_hashes,
     enter,
@@ -26,10 +26,12 @@ from upcycle.training import (
     late_experts,
     micro_batch,
     moments,
+    recipe_files,
     run_folder,
     saving,
     start,
     teacher,
+    together,
 )
 from upcycle.training.anatomy import Anatomy
 from upcycle.training.config_hashes import ConfigHashes
@@ -37,6 +39,7 @@ from upcycle.training.course import Course
 from upcycle.training.feeds import Feeds
 from upcycle.training.hashing import hashes_of
 from upcycle.training.parallel import Ranks
+from upcycle.training.recipe_files import FileHashes
 from upcycle.training.routing import Routers
 from upcycle.training.run import Run
 from upcycle.training.start import Start
@@ -85,6 +88,7 @@ def ready(run: Run, begun: Start, task: Task, here: Ranks, checkpoint: Path | No
     """Build the model and its optimizer and open the data, at step 0 or at `checkpoint`."""
     before = None if checkpoint is None else saving.read_state(checkpoint)
     configs = config_hashes.of(begun.checkpoints)  # as they were read: a class may change its own
+    read = recipe_files.hashes(run.recipe) if before is None else None
     asked, run = run, run_folder.settled(run, checkpoint)
     task = run.task or task
     _warn(run, asked, begun, task, here, begins=checkpoint is None)
@@ -94,6 +98,7 @@ def ready(run: Run, begun: Start, task: Task, here: Ranks, checkpoint: Path | No
         _say_changed_layout(before, here)
         _say_kept_precision(run, precision)
     _refuse_changed_sources(before, begun, here)
+    _refuse_changed_blueprint(before, run, begun)
     lengths = task.lengths(run.train.sequence_length, begun.subject)
     run = micro_batch.chosen(run, begun, lengths, here, before, precision=precision)
     course = Course(run)
@@ -101,7 +106,7 @@ def ready(run: Run, begun: Start, task: Task, here: Ranks, checkpoint: Path | No
     fit.refuse_uneven_rows(run, here.dp_size)
     fit.refuse_broken_groups(run, begun.built, lengths, here.dp_size)
     with _sources_kept(begun, here, before) as hashes:
-        model = start.model_of(begun, run, here, precision)
+        model = together.by_each(lambda: start.model_of(begun, run, here, precision), here)
     routers = Routers.of(model)
     anatomy = enter.anatomy_of(course, begun, model, routers)
     if here.first and checkpoint is None:
@@ -120,7 +125,7 @@ def ready(run: Run, begun: Start, task: Task, here: Ranks, checkpoint: Path | No
         anatomy=anatomy,
     )
     if checkpoint is None:
-        state = _first_state(trainee, hashes, configs)
+        state = _first_state(trainee, hashes, configs, read)
     else:
         state = back.restore(trainee, feeds, checkpoint)
     feed, left = feeds.of(course.after(state.step)), run.train.total_steps - state.step
@@ -131,14 +136,26 @@ def ready(run: Run, begun: Start, task: Task, here: Ranks, checkpoint: Path | No
     return Ready(course=course, trainee=trainee, anatomy=anatomy, feeds=feeds, state=state)
 
 
-def _first_state(trainee: Trainee, hashes: Hashes | None, configs: ConfigHashes) -> RunState:
+def _first_state(
+    trainee: Trainee, hashes: Hashes | None, configs: ConfigHashes, read: FileHashes | None
+) -> RunState:
     """Return the state at step 0. If the run asks for it, the optimizer gets the moments of its source."""
     run = trainee.run
     if run.optimizer.carry_state:
-        stopped = moments.carry_state(trainee.start, run, trainee.ranks, trainee.model, trainee.optimizer)
+        given = (trainee.start, run, trainee.ranks, trainee.model, trainee.optimizer)
+        stopped = together.by_each(lambda: moments.carry_state(*given), trainee.ranks)
         if trainee.ranks.first and (wrong := run.schedule.continuing(stopped)) is not None:
             progress.warn(wrong)
-    return RunState(step=0, batches={}, identity={}, source_sha256=hashes, config_sha256=configs)
+    built = trainee.start.built
+    return RunState(
+        step=0,
+        batches={},
+        identity={},
+        source_sha256=hashes,
+        config_sha256=configs,
+        blueprint_hash=built.hash if built else None,
+        recipe_sha256=read or None,
+    )
 
 
 def _warn(run: Run, asked: Run, begun: Start, task: Task, here: Ranks, *, begins: bool) -> None:
@@ -147,7 +164,7 @@ def _warn(run: Run, asked: Run, begun: Start, task: Task, here: Ranks, *, begins
     A run that has already trained so only gets a warning (`first_refusals`, `Task.objection`). `asked` is the
     run as the user wrote it.
     """
-    wrong = agreement.of_first(lambda: _wrong(run, asked, begun, task), here)  # this may list large folders
+    wrong = together.of_first(lambda: _wrong(run, asked, begun, task), here)  # this may list large folders
     if wrong and begins:
         raise UpcycleError(wrong[0])
     if here.first:
@@ -205,6 +222,22 @@ def _refuse_changed_sources(before: RunState | None, begun: Start, here: Ranks) 
             )
 
 
+def _refuse_changed_blueprint(before: RunState | None, run: Run, begun: Start) -> None:
+    """Refuse to go on if the source and the recipe make another model than the one that the run began with.
+
+    The weights would still be those of the checkpoint, and `upcycle export` could not say what they are of.
+    """
+    if before is None or begun.built is None:
+        return
+    record = known_in(Path(run.out))
+    known = before.blueprint_hash or (record and record.blueprint_hash)
+    if known is None or begun.built.hash == known:
+        return
+    since = f"step {before.step} was saved"
+    found = recipe_files.changed(run.recipe, before.recipe_sha256, since)
+    raise UpcycleError(found or recipe_files.of_another_version(record.upcycle_version if record else None))
+
+
 @contextmanager
 def _sources_kept(begun: Start, here: Ranks, before: RunState | None) -> Iterator[Hashes | None]:
     """Yield the hashes of the files that a run starts from; these must not change while they are read.
@@ -217,5 +250,8 @@ def _sources_kept(begun: Start, here: Ranks, before: RunState | None) -> Iterato
     files = [file for opened in begun.checkpoints for file in opened.files]
     stamped = stamps.stamps(files)
     yield hashes_of(begun.checkpoints, here)
-    if changed := [path for path in stamped if stamps.stamp(Path(path)) != stamped[path]]:
-        raise UpcycleError(f"{listed(changed)} changed while it was read; begin again")
+    changed = [path for path in stamped if stamps.stamp(Path(path)) != stamped[path]]
+    reason = f"{listed(changed)} changed while it was read; begin again" if changed else None
+    if reason is not None and here.world == 1:
+        raise UpcycleError(reason)
+    together.refuse_different(reason, (), here)

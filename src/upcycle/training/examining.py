@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from upcycle.dense.subject import Subject
 from upcycle.errors import UpcycleError
-from upcycle.training import agreement
+from upcycle.training import together
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
 
@@ -42,7 +42,7 @@ def prepared(run: Run, given: Examiner | None, subject: Subject, here: Ranks) ->
     Raises the same `UpcycleError` on all ranks if that is not possible.
     """
     if (examiner := asked(run, given)) is not None:
-        agreement.first_alone(lambda: examiner.prepare(run, subject), here)
+        together.first_alone(lambda: examiner.prepare(run, subject), here)
     return examiner
 
 

@@ -18,7 +18,7 @@ from upcycle.conversion.provenance import Hashes
 from upcycle.errors import UpcycleError, listed
 from upcycle.records.run import RunRecord
 from upcycle.system import claim, lock
-from upcycle.training import averaging, begun_in, beside, config_hashes, enter, exports, saving
+from upcycle.training import averaging, begun_in, beside, config_hashes, enter, exports, recipe_files, saving
 from upcycle.training.course import Course
 from upcycle.training.exports import Trained
 from upcycle.training.parallel import Ranks
@@ -129,7 +129,7 @@ def _place(out: Path) -> Path:
 
 def _origin(record: RunRecord, run_folder: Path, written: Sequence[Path], *, with_optimizer: bool) -> _Origin:
     """Open what a run started from; raise `UpcycleError` if it changed, or lies in or around `written`."""
-    run = Run.of(record.run)
+    run = Run.of(begun_in.recipe_found(record.run, record.begun_in))
     if with_optimizer and not run.optimizer.moments:
         raise UpcycleError(
             f"{run_folder} was trained with optimizer.name = {run.optimizer.name}, whose state "
@@ -150,9 +150,19 @@ def _origin(record: RunRecord, run_folder: Path, written: Sequence[Path], *, wit
             f"{found} changed since {run_folder} was trained from it; put the file back as it was, because "
             f"the weights were trained with it"
         )
-    if (begun.built.hash if begun.built else None) != record.blueprint_hash:
-        raise UpcycleError(f"the source {source} is not the one that {run_folder} was trained from")
+    _refuse_changed_blueprint(run, begun, record, run_folder)
     return _Origin(folder=run_folder, record=record, run=run, start=begun)
+
+
+def _refuse_changed_blueprint(run: Run, begun: Start, record: RunRecord, run_folder: Path) -> None:
+    """Raise `UpcycleError` if the source and the recipe make another model than the one that was trained."""
+    if begun.built is None or begun.built.hash == record.blueprint_hash:
+        return
+    since = f"{run_folder} was trained from it"
+    found = recipe_files.changed(run.recipe, record.recipe_sha256, since)
+    if found is None:
+        _hashes_of_sources(begun, record.source_sha256, run_folder)
+    raise UpcycleError(found or recipe_files.of_another_version(record.upcycle_version))
 
 
 def _trained(

@@ -8,16 +8,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from upcycle.data.corpus import Data
+from upcycle.data.corpus import Data, digest_of_tokenizer
 from upcycle.data.feeding import Feed
 from upcycle.data.readings import Reading, Readings, fresh
 from upcycle.data.stamps import Stamp
 from upcycle.errors import UpcycleError
 from upcycle.system import progress
 from upcycle.tasks import Task
-from upcycle.training import agreement
+from upcycle.training import together
 from upcycle.training.course import Course, Leg
 from upcycle.training.parallel import Ranks
 from upcycle.training.run import Run
@@ -43,6 +44,7 @@ class Feeds:
 
         The first rank prepares the files, and checks those that are there. The others wait, and check a file
         only if they do not see the one that it has checked. So each compares the hashes of what it reads.
+        Tokenizers of the hub are compared by now, because each rank has fetched them.
         """
         feeds: Feeds | None = None
         reason: str | None = None
@@ -58,11 +60,13 @@ class Feeds:
             feeds = made({})
             return feeds.checked()
 
-        checked = agreement.of_first(of_first, here)
+        checked = together.of_first(of_first, here)
         if not here.first:
             with progress.reporting_to(progress.UNHEARD):  # the first one says it for all
-                feeds, reason = agreement.tried(lambda: made(checked), here.world)
-        agreement.refuse_different(reason, [feeds.prints() if feeds else {}], here)
+                feeds, reason = together.tried(lambda: made(checked), here.world)
+        together.refuse_different(reason, [], here)
+        words = together.by_each(lambda: _tokenizers(course), here)
+        together.refuse_different(None, [words, feeds.prints() if feeds else {}], here)
         assert feeds is not None
         return feeds
 
@@ -96,3 +100,14 @@ class Feeds:
             )
         for feed, own in zip(self._feeds, states, strict=True):
             feed.restore(own)
+
+
+def _tokenizers(course: Course) -> dict[str, str]:
+    """Return the digests of tokenizers on the hub, by their names for a user; files in folders are compared
+    before (`agreement.py`)."""
+    named = {leg.run.data.tokenizer for leg in course.legs}
+    return {
+        f"tokenizer {name}": digest_of_tokenizer(name)
+        for name in named
+        if name is not None and not Path(name).is_dir()
+    }

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from transformers import PreTrainedModel
 from upcycle.checkpoints.checkpoint import file_hash, read_json
 from upcycle.data.feeding import Feed
 from upcycle.errors import UpcycleError, listed
-from upcycle.system import progress, whole_file
+from upcycle.system import claim, progress, whole_file
 from upcycle.tasks import Batch, Question
+from upcycle.training import together
 from upcycle.training.distillation import Largest
 from upcycle.training.parallel import Ranks
 
@@ -37,6 +39,11 @@ _SEGMENT = 1 << 26  # bytes of a segment, about
 _ATTEMPTS, _PAUSE = 120, 0.5  # how often ranks look for a folder that is the same, and seconds between
 _HASH = 16  # bytes of the hash of a row
 _LATER = ("config",)  # keys of `about.json` that earlier versions did not write
+
+_LOST = (
+    "the teacher's logits of a row are not there: their folder has lost files, or another rank does not see "
+    "it; start again with --resume"
+)
 
 Arrays = dict[str, np.ndarray]
 
@@ -52,10 +59,7 @@ class KeptLogits:
         """Return a batch with what the teacher says: logarithms [B, L, K] and words [B, L, K]."""
         rows = hashes(batch)
         if any(row not in self.places for row in rows):
-            raise UpcycleError(
-                "the teacher's logits of a row of this step are not there: their folder has lost files, or "
-                "another rank does not see it; start again with --resume"
-            )
+            raise UpcycleError(_LOST)
         found = [self.segments[s][n] for s, n in map(self.places.__getitem__, rows)]
         ids = np.stack([record["ids"] for record in found]).astype(np.int64)
         return {**batch, LOGS: np.stack([record["logs"] for record in found]), IDS: ids}
@@ -96,11 +100,11 @@ class Maker:
         `build` returns the teacher, and is called only if something has to be made. `say` returns what it
         says about rows. Every rank calls this. Raises `UpcycleError` for a folder of other logits.
         """
-        if self.ranks.first:
-            self._claim()
+        together.by_first(self._claim, self.ranks)
         self._refuse_apart()
-        known = set(self.ranks.share([*self._found().places] if self.ranks.first else None))
+        known = set(together.of_first(lambda: [*self._found().places], self.ranks))
         group, model = self.rows * self.ranks.dp_size, None
+        most = max(1, _SEGMENT // (self.record.itemsize * self.rows))  # passes whose records are a segment
         waiting: list[Arrays] = []
         made: list[np.ndarray] = []
         begun = feed.state()
@@ -115,15 +119,18 @@ class Maker:
                     model = model or build()
                     made.append(self._made(waiting[:group], model, say))
                     del waiting[:group]
-                    made = self._written(made, sum(part.nbytes for part in made) >= _SEGMENT)
+                    made = self._written(made, len(made) >= most)
                 work.advance(1)
         self._written(made, bool(made))
         feed.restore(begun)
         self._refuse_apart()
-        return self._found()
+        return together.by_each(lambda: self._all_of(known), self.ranks)
 
     def _claim(self) -> None:
         """Make the folder, or refuse one of other logits."""
+        claim.refuse_below_a_file(self.folder)
+        if os.path.lexists(self.folder) and not self.folder.is_dir():
+            raise UpcycleError(f"{self.folder} is a file; set teacher.cache to a folder to make")
         path = self.folder / ABOUT
         mine = json.loads(json.dumps({"format": FORMAT, **self.about}))
         if path.is_file():
@@ -156,6 +163,13 @@ class Maker:
             f"process {rank} of {self.ranks.world} sees other logits in {self.folder} than process 0; "
             f"`teacher.cache`, or else `out`, must lie on a file system that all nodes share"
         )
+
+    def _all_of(self, known: Collection[bytes]) -> KeptLogits:
+        """Return the logits that are there; raise `UpcycleError` if those of a known row are not."""
+        found = self._found()
+        if any(row not in found.places for row in known):
+            raise UpcycleError(_LOST)
+        return found
 
     def _names(self) -> list[str]:
         """Return the names of the segments that are there, and what the folder says of them."""
@@ -195,14 +209,19 @@ class Maker:
         return out
 
     def _written(self, made: list[np.ndarray], now: bool) -> list[np.ndarray]:
-        """Write records as a segment if it is time; return those that wait."""
-        if not now:
-            return made
+        """Write records as a segment if it is time, which it is on all ranks or none; return those that wait.
+
+        Raises the same `UpcycleError` on all ranks if one of them cannot write.
+        """
+        if now:
+            together.by_each(lambda: self._write(made), self.ranks)
+        return [] if now else made
+
+    def _write(self, made: list[np.ndarray]) -> None:
         place = self.ranks.layout.at(self.ranks.rank)
         raw = np.concatenate(made).tobytes()
         if raw and place.tp == 0:  # ranks that share matrices have the same records
             whole_file.write(self.folder / f"{hashlib.sha256(raw).hexdigest()}.logits", raw)
-        return []
 
 
 def hashes(batch: Arrays) -> list[bytes]:

@@ -19,6 +19,7 @@ from upcycle.training import (
     run_folder,
     saving,
     stepping,
+    together,
 )
 from upcycle.training.examining import Examiner
 from upcycle.training.parallel import ranks
@@ -68,8 +69,7 @@ def train(
         checkpoint = stack.enter_context(run_folder.claimed(run, folders, here, resume=resume))
         ready = beginning.ready(run, begun, task, here, checkpoint)
         run, out = ready.course.run, Path(run.out)
-        if here.first:
-            recording.write(ready, out)
+        together.by_first(lambda: recording.write(ready, out), here)
         with noted(signal.SIGTERM) as stop:
             state = stepping.take(ready, examiner, out, stop)
     return Result(

@@ -21,6 +21,7 @@ from upcycle.hf import meshes
 from upcycle.sharding.layout import Layout
 from upcycle.training.sections import Parallel
 
+_ENDED = "ended"  # the key of the first sentence with which a process ended the run
 _RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # variables by which processes find each other
 
 
@@ -190,7 +191,10 @@ def world_size() -> int:
 
 @contextmanager
 def _one_voice() -> Iterator[None]:
-    """Let one process alone say what ends them all, and say in a sentence that a process was lost."""
+    """Let one process alone say what ends them all, and say in a sentence that a process was lost.
+
+    A process that is lost because it ended by itself has said why.
+    """
     try:
         yield
     except UpcycleError as error:
@@ -200,8 +204,9 @@ def _one_voice() -> Iterator[None]:
         if not _lost(error):
             raise
         ended = UpcycleError(
-            "a process of this run has ended, or does not answer; the newest whole checkpoint is kept. Start "
-            "all processes again with --resume"
+            _said()
+            or "a process of this run has ended, or does not answer; the newest whole checkpoint is kept. "
+            "Start all processes again with --resume"
         )
         ended.elsewhere = not _first_to_say(str(ended))
         raise ended from None
@@ -216,9 +221,20 @@ def _first_to_say(sentence: str) -> bool:
     """Return whether no other process has said this yet, by the store where processes find each other."""
     key = f"said {hashlib.sha256(sentence.encode()).hexdigest()}"
     try:
-        return bool(dist.distributed_c10d._get_default_store().add(key, 1) == 1)
+        store = dist.distributed_c10d._get_default_store()
+        store.compare_set(_ENDED, "", sentence)
+        return bool(store.add(key, 1) == 1)
     except RuntimeError:  # the store is gone with its process
         return True
+
+
+def _said() -> str | None:
+    """Return the sentence with which a process has ended the run; None if none has, or nobody knows."""
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        return str(store.get(_ENDED).decode()) if store.check([_ENDED]) else None
+    except RuntimeError:  # the store is gone with its process
+        return None
 
 
 def _of_environment(name: str, default: int) -> int:

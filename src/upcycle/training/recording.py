@@ -67,6 +67,7 @@ def _record(ready: Ready, folder: str | None) -> RunRecord:
         identity=run.identity(),
         source_sha256=state.source_sha256,
         config_sha256=state.config_sha256,
+        recipe_sha256=state.recipe_sha256,
     )
 
 

@@ -19,7 +19,7 @@ from upcycle.records.reader import load
 from upcycle.records.run import RunRecord, known_in
 from upcycle.records.state import PRECISIONS, RunState
 from upcycle.system import claim, lock, whole_file
-from upcycle.training import agreement, beside, fit, metrics, saving
+from upcycle.training import agreement, begun_in, beside, fit, metrics, saving, together
 from upcycle.training.course import Course
 from upcycle.training.identity import identity_of, of_any_length
 from upcycle.training.parallel import Ranks
@@ -74,9 +74,7 @@ def claimed(run: Run, sources: Iterable[Path], here: Ranks, *, resume: bool) -> 
         if checkpoint is not None:
             saving.refuse_changed(checkpoint, here)
         here.barrier()
-        if here.first:
-            _clean(out)
-        here.barrier()
+        together.by_first(lambda: _clean(out), here)
         yield checkpoint
 
 
@@ -153,6 +151,8 @@ def _refuse_other(run: Run, out: Path, checkpoint: Path | None) -> None:
     mine = _plain(_settled_as(run, theirs).identity())
     if _differences(of_any_length(theirs), of_any_length(mine)):
         theirs = _as_read_today(theirs)
+    if isinstance(theirs, dict) and _differences(of_any_length(theirs), of_any_length(mine)):
+        theirs = begun_in.moved(theirs, known_in(out), out)
     _refuse_other_length(run, where, theirs, mine, done)
     if different := _differences(of_any_length(theirs), of_any_length(mine)):
         raise UpcycleError(

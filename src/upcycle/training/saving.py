@@ -166,9 +166,19 @@ def write(
         with suppress(OSError):  # some file systems sync no folder; the checkpoint is there
             whole_file.sync_folder(final.parent)
         for old in (path for _, path in checkpoints(out)[:-keep] if _is_ours(path)):
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
     ranks.barrier()
     return None
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; a kill meanwhile leaves a half of it under the name of a partial one."""
+    partial = checkpoint.with_name(checkpoint.name + ".partial")
+    if _in_the_way(partial) is None:
+        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):
+            checkpoint = checkpoint.rename(partial)
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _in_the_way(*paths: Path) -> Path | None:

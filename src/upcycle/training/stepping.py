@@ -14,7 +14,7 @@ from upcycle.hf import packing
 from upcycle.records.state import RunState
 from upcycle.system.signals import held
 from upcycle.system.wording import count
-from upcycle.training import back, effort, enter, held_out, ledger, metrics, saving, step, writers
+from upcycle.training import back, effort, enter, held_out, ledger, metrics, saving, step, together, writers
 from upcycle.training.beginning import Ready
 from upcycle.training.course import Leg
 from upcycle.training.examining import Examiner
@@ -29,7 +29,8 @@ def take(ready: Ready, examiner: Examiner | None, out: Path, stop: Sequence[int]
     """Take the steps of a run that are left; return its state at the end, or after a signal in `stop`."""
     run, here, state = ready.course.run, ready.trainee.ranks, ready.state
     rows = Rows(ready.trainee, ready.feeds, ready.course.after(state.step))
-    log = Metrics(out, run.log, run.train.total_steps, state.step, run.as_table()) if here.first else None
+    given = (out, run.log, run.train.total_steps, state.step, run.as_table())
+    log = together.by_first(lambda: Metrics(*given), here)
     with ExitStack() as stack:
         if log is not None:
             stack.callback(log.close)
@@ -225,10 +226,14 @@ class Stepping:
             self._returns,
         )
         self._enter(self._course.after(self.state.step))
-        if self._log is not None:
-            self._log.go_back(self.state.step)
+        together.by_first(self._lines_end, self.trainee.ranks)
         self._say(f"the run is back at step {self.state.step} and passes batch {harmful + 1}")
         return True
+
+    def _lines_end(self) -> None:
+        """Drop the lines of the steps that are taken again."""
+        if self._log is not None:
+            self._log.go_back(self.state.step)
 
     def _finish(self, due: Due, *, stopping: bool) -> None:
         """Take in what the step came to, and save a checkpoint if one is due."""

@@ -24,7 +24,7 @@ from upcycle.hf import carriers, distributing, packing
 from upcycle.hf.heads import Head
 from upcycle.tasks import Batch, Question, Task
 from upcycle.tensors.entries import Entry
-from upcycle.training import config_hashes, kept_logits
+from upcycle.training import config_hashes, kept_logits, together
 from upcycle.training.distillation import Largest, Lesson, Unheaded, Whole
 from upcycle.training.hashing import hashes_of
 from upcycle.training.kept_logits import Arrays
@@ -155,8 +155,12 @@ def teaching(
     if begun.teacher is None or run.teacher is None:
         return None
     dense, asked = begun.teacher, run.teacher
+
+    def build() -> PreTrainedModel:
+        return together.by_each(lambda: model_of(dense, ranks, precision), ranks)
+
     if asked.top_logits is None:
-        return Beside(model=model_of(dense, ranks, precision))
+        return Beside(model=build())
     count, temperature = asked.top_logits, asked.temperature
 
     @torch.no_grad()
@@ -179,4 +183,4 @@ def teaching(
         ranks=ranks,
         rows=min(run.train.micro_batch or run.train.rows, run.train.rows // ranks.dp_size),
     )
-    return maker.kept(feed, steps, run.train.rows, lambda: model_of(dense, ranks, precision), say)
+    return maker.kept(feed, steps, run.train.rows, build, say)

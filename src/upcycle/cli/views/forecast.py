@@ -60,4 +60,5 @@ _PARTS = {
     "activations": "activations",
     "logits": "logits and loss",
     "masks": "masks of attention",
+    "update": "work of the optimizer",
 }

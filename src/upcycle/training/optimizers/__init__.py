@@ -38,7 +38,8 @@ class Optimizer(Named, abc.ABC):
 
     summary: ClassVar[str]
     by_role: ClassVar[bool] = False  # whether groups of `make` have a `role`, which it takes out
-    # what each update does beside the arithmetic of single numbers, which a forecast leaves out
+    # what each update does beside the arithmetic of single numbers, which a forecast leaves out but for the
+    # memory of it (`update_bytes`)
     not_foretold: ClassVar[str | None] = None
 
     # start from the moments that `upcycle export --optimizer` left in the source, tiled to experts
@@ -69,6 +70,14 @@ class Optimizer(Named, abc.ABC):
     def state_bytes(self, width: int, *, outside: bool = False) -> float:
         """Return the bytes of the state for each weight of `width` bytes, in the blocks or outside them."""
         return self.copies * width
+
+    def update_bytes(self, inside: Sequence[int], outside: Sequence[int], width: int) -> float:
+        """Return the most bytes that an update holds beside weights, gradients and state, about.
+
+        These are the sizes of a rank's part of each parameter in the blocks and outside them, in numbers of
+        `width` bytes. A fused kernel needs none.
+        """
+        return 0.0
 
     @property
     def needs_roles(self) -> bool:

@@ -18,9 +18,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from upcycle.training import gradients
 from upcycle.training.gradients import local
+from upcycle.training.optimizers._at_once import TOGETHER
 from upcycle.training.roles import Role
-
-_TOGETHER = 1 << 26  # numbers of a rank that are updated together, unless one parameter has more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,13 +212,13 @@ def _batches(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     A rank holds the updates of those together in memory, beside the weights.
     """
     batch: list[Tensor] = []
-    room = _TOGETHER
+    room = TOGETHER
     for parameter in parameters:
         ranks = parameter.device_mesh.size() if isinstance(parameter, DTensor) else 1
         size = parameter.numel() // ranks
         if batch and size > room:
             yield batch
-            batch, room = [], _TOGETHER
+            batch, room = [], TOGETHER
         batch.append(parameter)
         room -= size
     if batch:

@@ -19,9 +19,9 @@ from torchao.optim import quant_utils
 
 from upcycle.training import gradients
 from upcycle.training.gradients import local
+from upcycle.training.optimizers._at_once import CHUNK
 from upcycle.training.optimizers._blocks import block_of
 
-_CHUNK = 1 << 24  # numbers whose moments are in memory as floats at a time
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _CODES, _SCALES = "{}_codes", "{}_scales"
 
@@ -73,7 +73,7 @@ class AdamW8bit(torch.optim.Optimizer):
         if not value.ndim:
             self._part(value, gradient, state, group, stop)
             return
-        rows = max(1, _CHUNK // max(1, math.prod(value.shape[1:])))
+        rows = max(1, CHUNK // max(1, math.prod(value.shape[1:])))
         for first in range(0, len(value), rows):
             part = slice(first, first + rows)
             own = {name: t if name == "step" else t[part] for name, t in state.items()}

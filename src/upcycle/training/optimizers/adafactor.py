@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from upcycle.settings import AtLeast
 from upcycle.training.optimizers import Optimizer
+from upcycle.training.optimizers._at_once import TOGETHER
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +38,16 @@ class Adafactor(Optimizer):
     least_scale: Annotated[float, AtLeast(0)] = 1e-3  # least RMS of a matrix for its relative rate
     # the dense run's last step, from which beta2 and the bound on the rate go on, as in t5x
     start_step: Annotated[int, AtLeast(0)] = 0
+
+    def update_bytes(self, inside: Sequence[int], outside: Sequence[int], width: int) -> float:
+        """Copies of the gradients that are updated together, their updates, and the variance of one.
+
+        Those of one role are together; in the blocks of a model they have one size.
+        """
+        largest = max([*inside, *outside], default=0)
+        alike = max((size * times for size, times in Counter([*inside, *outside]).items()), default=0)
+        together = min(alike, max(TOGETHER, largest))
+        return width * (2 * together + largest)
 
     def make(self, groups: Sequence[Mapping[str, Any]]) -> torch.optim.Optimizer:
         from upcycle.training.optimizers import _adafactor

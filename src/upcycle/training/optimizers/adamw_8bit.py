@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from upcycle.errors import UpcycleError
 from upcycle.settings import AtLeast, Within
 from upcycle.training.optimizers import Optimizer
+from upcycle.training.optimizers._at_once import CHUNK
 from upcycle.training.optimizers._blocks import LARGEST, block_of
+
+_WORKING = 61  # bytes for each number whose moments are floats, as torch 2.13 and torchao 0.18 count them
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +43,10 @@ class AdamW8bit(Optimizer):
     def state_bytes(self, width: int, *, outside: bool = False) -> float:
         """Two codes, and two scales in float32 for each block of 256; whatever the type of the weights."""
         return 2 * (1 + 4 / LARGEST)
+
+    def update_bytes(self, inside: Sequence[int], outside: Sequence[int], width: int) -> float:
+        """Both moments of some rows in float32, and what torchao makes of them to find their codes."""
+        return _WORKING * min(CHUNK, max([*inside, *outside], default=0))
 
     def make(self, groups: Sequence[Mapping[str, Any]]) -> torch.optim.Optimizer:
         try:

@@ -57,6 +57,11 @@ class Muon(Optimizer):
         """One moment in the blocks, of which hidden matrices are nearly all, and AdamW's two outside."""
         return (2 if outside else 1) * width
 
+    def update_bytes(self, inside: Sequence[int], outside: Sequence[int], width: int) -> float:
+        """A copy of the largest gradient, its mean with the momentum, and four such in the iterations."""
+        products = 2 if self.products == "bfloat16" else 4
+        return max(inside, default=0) * (2 * width + 4 * products)
+
     def rate(self, role: Role) -> float:
         return super().rate(role) * (1.0 if role.hidden else self.adam_rate)
 
